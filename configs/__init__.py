@@ -1,0 +1,1 @@
+"""Experiments, one small file each. Imported by the command lines only."""

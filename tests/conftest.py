@@ -1,0 +1,29 @@
+"""Every test runs on 8 simulated CPU devices; warnings and silent promotions are errors."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+from parallel.mesh import MeshConfig, make_mesh
+
+
+@pytest.fixture
+def use_mesh():
+    """`with use_mesh(data=2, tensor=4) as mesh:`; a mesh over the first devices, made current."""
+
+    def build(**sizes):
+        config = MeshConfig(**({"data": 1} | sizes))
+        count = 1
+        for size in config.sizes().values():
+            count *= size
+        return jax.set_mesh(make_mesh(config, jax.devices()[:count]))
+
+    return build
