@@ -1,0 +1,215 @@
+"""The border between a command line and typed code: flags in, a config out, one line for an error.
+
+`run` is all that a command line calls. JAX is imported only once every flag was found good, so that
+a typo costs a quarter of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from ml_collections import ConfigDict
+
+from config_border import has_config, load_config, override, read_config
+
+USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 1, 130
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One more `--name` of a command line; passed to its main under that name."""
+
+    name: str
+    type: Callable[[str], Any]
+    default: Any
+    help: str
+    choices: Sequence[Any] | None = None
+
+
+def run(
+    main: Callable[..., None],
+    *,
+    name: str,
+    about: str | None,
+    config_from: Literal["file", "workdir"],
+    flags: Sequence[Flag] = (),
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Reads the command line, starts JAX's processes, calls `main(config, workdir, **flags)`, exits.
+
+    Exit codes: 0; 2 with one line `error: ...` for a ValueError or OSError, which are taken to be
+    the user's (wrong key, missing file); 1 with one line for anything else; 130 on Ctrl-C. With
+    `--debug` the stack trace comes first.
+
+    Args:
+      main: the program; its keyword arguments are named as the flags are.
+      name: the command, such as `train.py`.
+      about: the text of `--help`.
+      config_from: "file" for `--config=FILE`, or where that is absent the workdir's own config (a
+        run that is continued); "workdir" for the workdir's config alone. `--config.KEY=VALUE`
+        overrides either.
+      flags: more flags.
+      argv: the arguments, if not those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        _silence(debug)
+        options, config = parse(name, about, config_from, flags, arguments)
+        from parallel.distributed import start  # imports jax: only after all flags were checked
+
+        start(options.coordinator, options.num_processes, options.process_id)
+        main(config, options.workdir, **{flag.name: getattr(options, flag.name) for flag in flags})
+        code = 0
+    except KeyboardInterrupt:
+        code = _report(
+            "interrupted; the same command continues from the last checkpoint", INTERRUPTED
+        )
+    except (ValueError, OSError) as error:
+        code = _report(f"error: {_one_line(error)}", USER_ERROR, debug)
+    except Exception as error:
+        line = f"error: (internal) {type(error).__name__}: {_one_line(error)}"
+        end = "" if debug else "; run again with --debug for the stack"
+        code = _report(line + end, INTERNAL_ERROR, debug)
+    _leave(code)
+
+
+def parse(
+    name: str,
+    about: str | None,
+    config_from: Literal["file", "workdir"],
+    flags: Sequence[Flag],
+    arguments: Sequence[str],
+) -> tuple[argparse.Namespace, ConfigDict]:
+    """The plain flags and the config with its overrides.
+
+    Raises:
+      ValueError: an unknown or ill-typed flag or config key, or a config that cannot be read.
+    """
+    overrides, others = _split(arguments)
+    parser = _Parser(
+        prog=name,
+        description=about,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="--config.SECTION.KEY=VALUE sets any key; configs/base.py explains them all",
+    )
+    if config_from == "file":
+        parser.add_argument(
+            "--config", metavar="FILE[:ARG]", help="experiment, such as configs/tiny.py"
+        )
+    parser.add_argument(
+        "--workdir", type=Path, required=True, metavar="DIR", help="the run's folder"
+    )
+    for flag in flags:
+        parser.add_argument(
+            f"--{flag.name}",
+            type=flag.type,
+            default=flag.default,
+            help=flag.help,
+            choices=flag.choices,
+        )
+    parser.add_argument(
+        "--debug", action="store_true", help="show stack traces and libraries' messages"
+    )
+    several = parser.add_argument_group(
+        "several processes by hand (found under SLURM, Kubernetes, TPU)"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--num_processes", type=int, metavar="N", help="processes in all")
+    several.add_argument("--process_id", type=int, metavar="I", help="this process, from 0")
+    options, unknown = parser.parse_known_args(others)
+    if unknown:
+        raise ValueError(_unknown_flag(unknown[0], parser, name))
+
+    if options.workdir.exists() and not options.workdir.is_dir():
+        raise ValueError(f"--workdir={options.workdir}: a file; give the run's folder")
+    if config_from == "file" and options.config is not None:
+        config = load_config(options.config)
+    elif config_from == "file" and not has_config(options.workdir):
+        raise ValueError(
+            f"--config: missing, and --workdir={options.workdir} has no run to continue; "
+            f"give --config=configs/tiny.py"
+        )
+    else:
+        config = read_config(options.workdir)
+    return options, override(config, overrides)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises its errors instead of printing its usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The config overrides, each as one `--config.KEY=VALUE`, and the other arguments."""
+    overrides: list[str] = []
+    others: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith(("--config.", "--noconfig.")):
+            others.append(argument)
+        elif "=" in argument or not rest or rest[0].startswith("--"):
+            overrides.append(argument)
+        else:
+            overrides.append(f"{argument}={rest.pop(0)}")
+    return overrides, others
+
+
+def _unknown_flag(argument: str, parser: argparse.ArgumentParser, name: str) -> str:
+    known = [option for action in parser._actions for option in action.option_strings]
+    flag = argument.partition("=")[0]
+    if flag.endswith(".py") and "--config" in known:
+        return f"{argument}: not a flag; did you mean --config={argument}?"
+    if flag == "--config":
+        return (
+            f"{argument}: {name} takes the config from --workdir; change it by --config.KEY=VALUE"
+        )
+    close = difflib.get_close_matches(flag, known, n=1)
+    end = f"did you mean {close[0]}?" if close else f"{name} --help lists them"
+    return f"{flag}: no such flag of {name}; {end}"
+
+
+def _silence(debug: bool) -> None:
+    """Keeps the start-up notes of XLA and absl off the terminal."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if debug else "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    from absl import flags, logging
+
+    logging.set_verbosity(logging.WARNING if debug else logging.ERROR)
+    if not flags.FLAGS.is_parsed():  # libraries look up absl flags, of which we have none
+        flags.FLAGS.mark_as_parsed()
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines) == 1 else f"{lines[0]} (more with --debug)"
+
+
+def _report(line: str, code: int, debug: bool = False) -> int:
+    if debug:
+        traceback.print_exc()
+    print(line, file=sys.stderr, flush=True)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Exits; a process that failed among several does so at once, without waiting for the others."""
+    jax = sys.modules.get("jax")
+    if code and jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
