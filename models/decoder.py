@@ -1,0 +1,121 @@
+"""The decoder: embedding, stack of blocks, final norm; its table or its own head gives the logits.
+
+From GPT-2 (Radford et al. 2019) to Llama 3 (https://arxiv.org/abs/2407.21783), Qwen 3
+(https://arxiv.org/abs/2505.09388) and Gemma 3 (https://arxiv.org/abs/2503.19786) by `DecoderConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.block import RESIDUAL, Block, Rows
+from models.config import DecoderConfig
+from models.layers import Norm, dropout, gathered, normal, weight
+from models.positions import sinusoidal
+from models.stack import STACKED, Stack
+from parallel.remat import RematConfig
+from parallel.rules import Rules
+from parallel.zero import joined
+
+
+class Head(NamedTuple):
+    """The weight that turns hidden features into logits, and the order of its dims."""
+
+    weight: jax.Array
+    axes: str  # "vocab -> embed" (tied table) or "embed -> vocab"
+
+
+class Decoder(nnx.Module):
+    """tokens [B, T] -> hidden x_BTD after the final norm; `head()` is for the loss.
+
+    Logits are not formed here: of a whole batch they would be the largest tensor of all.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, rules: Rules, remat: RematConfig, rngs: nnx.Rngs
+    ) -> None:
+        D, V = config.embed_dim, config.padded_vocab
+        init = normal(config.init_std)
+        self.config, self.rules = config, rules
+        self.embedding = weight(rngs, (V, D), "vocab -> embed", rules, init)
+        self.head_weight = None if config.tied else weight(rngs, (D, V), "embed -> vocab", rules, init)
+        self.position = (
+            weight(rngs, (config.max_length, D), "position -> embed", rules, init)
+            if config.positions == "learned"
+            else None
+        )
+        self.stack = Stack(
+            lambda rngs: Block(config, rules, rngs),
+            config.layers,
+            rngs,
+            pattern=config.pattern,
+            remat=remat,
+            unroll=config.unroll,
+        )
+        # Post-norm blocks end in a norm already.
+        self.final_norm = (
+            Norm(D, rules, rngs, kind=config.norm, eps=config.norm_eps, plus_one=config.norm_plus_one)
+            if config.norm_position != "post"
+            else None
+        )
+
+    def __call__(self, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
+        """Hidden features of a batch (`data.loader`); `key` turns dropout on.
+
+        Returns:
+          x_BTD in compute dtype, the whole sequence on every device of `tensor`.
+        """
+        config, rules = self.config, self.rules
+        rows = Rows(batch["segments"], batch["positions"])
+        embed_key, blocks_key = (None, None) if key is None else jax.random.split(key)
+
+        x_BTD = take(gathered(self.embedding, rules), batch["tokens"], rules)
+        if config.embed_scale:
+            x_BTD = x_BTD * jnp.asarray(config.embed_dim**0.5, x_BTD.dtype)
+        if self.position is not None:
+            x_BTD = x_BTD + take(gathered(self.position, rules), rows.positions, rules)
+        if config.positions == "sinusoidal":
+            x_BTD = x_BTD + jax.reshard(
+                sinusoidal(rows.positions, config.embed_dim).astype(x_BTD.dtype), rules.spec(RESIDUAL)
+            )
+        x_BTD = dropout(x_BTD, config.dropout, embed_key, rules, RESIDUAL)
+
+        def apply(block: Block, x_BTD: jax.Array, key: jax.Array | None, kind: str) -> jax.Array:
+            return block(x_BTD, rows, key, local=kind == "local")
+
+        x_BTD = self.stack.run(apply, x_BTD, blocks_key)
+        if self.final_norm is not None:
+            x_BTD = self.final_norm(x_BTD)
+        return jax.reshard(x_BTD, rules.spec("batch seq act_embed"))
+
+    def head(self) -> Head:
+        """The weight of the loss head, in the model's layout (the loss gathers it over fsdp)."""
+        if self.head_weight is None:
+            return Head(joined(self.embedding.get_value()), self.embedding.axes)
+        return Head(joined(self.head_weight.get_value()), self.head_weight.axes)
+
+
+def take(table_VD: jax.Array, index_BT: jax.Array, rules: Rules) -> jax.Array:
+    """Rows of a table, in the residual stream's layout."""
+    return table_VD.at[index_BT].get(out_sharding=rules.spec(RESIDUAL))
+
+
+def logical_axes(abstract: nnx.State) -> Any:
+    """The tree of logical axis strings of a model's parameters; stacked ones begin with `layers`."""
+
+    def axes(path: tuple[Any, ...], param: nnx.Variable) -> str:
+        return f"layers {param.axes}" if STACKED in path else param.axes
+
+    flat = [(path, axes(path, param)) for path, param in nnx.to_flat_state(abstract)]
+    tree: dict[str, Any] = {}
+    for path, names in flat:
+        at = tree
+        for part in path[:-1]:
+            at = at.setdefault(part, {})
+        at[path[-1]] = names
+    return tree

@@ -1,0 +1,53 @@
+"""The feed-forward: up, nonlinearity, down; gated for SwiGLU and GeGLU.
+
+Gated forms after Shazeer 2020, https://arxiv.org/abs/2002.05202. Under tensor parallelism the up
+projections are split by columns and the down projection by rows: one reduction a pass.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from models.config import DecoderConfig
+from models.layers import ACTIVATIONS, broadcast_to_rank, constant, gathered, normal, residual_std, weight
+from parallel.einsum import einsum
+from parallel.remat import tag
+from parallel.rules import Rules
+
+
+class FeedForward(nnx.Module):
+    """x_BTD -> y_BTD; the output lies in the residual stream's layout."""
+
+    def __init__(self, config: DecoderConfig, rules: Rules, rngs: nnx.Rngs) -> None:
+        D, F = config.embed_dim, config.mlp_dim
+        init = normal(config.init_std)
+        init_down = normal(residual_std(config.init_std, config.layers))
+        self.rules, self.activation = rules, config.activation
+        self.up = weight(rngs, (D, F), "embed -> mlp", rules, init)
+        self.gate = weight(rngs, (D, F), "embed -> mlp", rules, init) if config.gated else None
+        self.down = weight(rngs, (F, D), "mlp -> embed", rules, init_down)
+        zeros = constant(0.0)
+        self.up_bias = weight(rngs, (F,), "mlp", rules, zeros) if config.mlp_bias else None
+        self.down_bias = weight(rngs, (D,), "norm", rules, zeros) if config.mlp_bias else None
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        act, residual = (
+            self.rules.spec("batch seq act_mlp"),
+            self.rules.spec("batch residual_seq act_embed"),
+        )
+        up = einsum("btd,df->btf", x_BTD, self.up.get_value(), act)
+        if self.up_bias is not None:
+            up = up + broadcast_to_rank(gathered(self.up_bias, self.rules), 3)
+        up = tag(up, "mlp_up")
+        nonlinearity = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            h_BTF = nonlinearity(up)
+        else:
+            gate = tag(einsum("btd,df->btf", x_BTD, self.gate.get_value(), act), "mlp_gate")
+            h_BTF = nonlinearity(gate) * up
+        h_BTF = tag(h_BTF, "mlp_act")
+        y_BTD = einsum("btf,fd->btd", h_BTF, self.down.get_value(), residual)
+        if self.down_bias is not None:
+            y_BTD = y_BTD + broadcast_to_rank(gathered(self.down_bias, self.rules), 3)
+        return tag(y_BTD, "mlp_projection")

@@ -1,0 +1,125 @@
+"""Self-attention of a decoder layer: projections, positions, the attention core, output projection.
+
+Grouped-query attention after Ainslie et al. 2023, https://arxiv.org/abs/2305.13245; query-key norm
+after Henry et al. 2020, https://arxiv.org/abs/2010.04245.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from models.attention import attention
+from models.config import DecoderConfig
+from models.layers import (
+    Norm,
+    broadcast_to_rank,
+    constant,
+    dropout,
+    gathered,
+    normal,
+    residual_std,
+    weight,
+)
+from models.masks import Mask, MaskArrays
+from models.positions import RopeConfig, rotate
+from parallel.einsum import einsum
+from parallel.remat import tag
+from parallel.rules import Rules
+
+
+class SelfAttention(nnx.Module):
+    """x_BTD -> y_BTD; the output lies in the residual stream's layout.
+
+    `local` layers see `config.window` keys and turn by their own rotary theta.
+    """
+
+    def __init__(self, config: DecoderConfig, rules: Rules, rngs: nnx.Rngs) -> None:
+        D, N, K, H = config.embed_dim, config.heads, config.kv_heads, config.head_dim
+        init = normal(config.init_std)
+        init_out = normal(residual_std(config.init_std, config.layers))
+        self.config, self.rules = config, rules
+        self.query = weight(rngs, (D, N, H), "embed -> heads head_dim", rules, init)
+        self.key = weight(rngs, (D, K, H), "embed -> kv_heads head_dim", rules, init)
+        self.value = weight(rngs, (D, K, H), "embed -> kv_heads head_dim", rules, init)
+        self.out = weight(rngs, (N, H, D), "heads head_dim -> embed", rules, init_out)
+        zeros = constant(0.0)
+        biased = config.qkv_bias
+        self.query_bias = weight(rngs, (N, H), "heads head_dim", rules, zeros) if biased else None
+        self.key_bias = weight(rngs, (K, H), "kv_heads head_dim", rules, zeros) if biased else None
+        self.value_bias = weight(rngs, (K, H), "kv_heads head_dim", rules, zeros) if biased else None
+        self.out_bias = (
+            weight(rngs, (D,), "norm", rules, zeros) if config.attention_out_bias else None
+        )
+
+        def head_norm() -> Norm | None:
+            if not config.qk_norm:
+                return None
+            return Norm(
+                H,
+                rules,
+                rngs,
+                eps=config.norm_eps,
+                plus_one=config.norm_plus_one,
+                axes="head_dim",
+            )
+
+        self.query_norm, self.key_norm = head_norm(), head_norm()
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array,
+        positions_BT: jax.Array,
+        key: jax.Array | None = None,
+        *,
+        local: bool = False,
+    ) -> jax.Array:
+        config, rules = self.config, self.rules
+        heads = rules.spec("batch seq act_heads head_dim")
+        kv_heads = rules.spec("batch seq act_kv_heads head_dim")
+
+        def project(w: nnx.Param, bias: nnx.Param | None, spec: jax.sharding.PartitionSpec) -> jax.Array:
+            y = einsum("btd,dnh->btnh", x_BTD, w.get_value(), spec)
+            return y if bias is None else y + broadcast_to_rank(gathered(bias, rules), 4)
+
+        q_BTNH = project(self.query, self.query_bias, heads)
+        k_BTKH = project(self.key, self.key_bias, kv_heads)
+        v_BTKH = project(self.value, self.value_bias, kv_heads)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        if config.positions == "rope":
+            theta = (config.rope_local_theta if local else 0.0) or config.rope_theta
+            # Gemma 3 scales the frequencies of global layers alone.
+            scaling = "none" if local and config.rope_local_theta else config.rope_scaling
+            rope = RopeConfig(
+                theta=theta,
+                scaling=scaling,
+                factor=config.rope_factor,
+                low_freq_factor=config.rope_low_freq_factor,
+                high_freq_factor=config.rope_high_freq_factor,
+                original_length=config.rope_original_length,
+            )
+            q_BTNH, k_BTKH = rotate(q_BTNH, positions_BT, rope), rotate(k_BTKH, positions_BT, rope)
+        q_BTNH, k_BTKH, v_BTKH = tag(q_BTNH, "query"), tag(k_BTKH, "key"), tag(v_BTKH, "value")
+
+        probs_key, out_key = (None, None) if key is None else jax.random.split(key)
+        out_BTNH = attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            Mask(causal=True, window=config.window if local else None, segments=True),
+            MaskArrays(segments_BT, segments_BT),
+            rules=rules,
+            implementation=config.attention,
+            scale=config.query_scale or config.head_dim**-0.5,
+            softcap=config.attention_softcap or None,
+            dropout_rate=0.0 if key is None else config.attention_dropout,
+            dropout_key=probs_key,
+        )
+        residual = "batch residual_seq act_embed"
+        y_BTD = einsum("btnh,nhd->btd", out_BTNH, self.out.get_value(), rules.spec(residual))
+        if self.out_bias is not None:
+            y_BTD = y_BTD + broadcast_to_rank(gathered(self.out_bias, rules), 3)
+        y_BTD = tag(y_BTD, "attention_projection")
+        return dropout(y_BTD, config.dropout, out_key, rules, residual)

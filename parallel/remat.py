@@ -1,0 +1,117 @@
+"""What the forward pass keeps for the backward pass: a policy is a list of tensor names.
+
+Blocks tag the values that their backward pass consumes with `tag(x, name)`; everything that is not
+saved or offloaded by name is computed again, from the block's input. Tagging the output of a
+nonlinearity would not help: its derivative needs the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+# name -> what it is; sizes per token of one layer, in elements.
+TENSORS = {
+    "attention_norm": "input of the q, k, v projections: D",
+    "query": "rotated queries: N H",
+    "key": "rotated keys: K H",
+    "value": "values: K H",
+    "attention_probs": "probabilities of the unblocked form: N T",
+    "attention_lse": "log-sum-exp of the blocked form: N",
+    "attention_out": "input of the output projection: N H",
+    "attention_projection": "output of the output projection: D",
+    "mlp_norm": "input of the feed-forward: D",
+    "mlp_gate": "gate before its nonlinearity: F",
+    "mlp_up": "up projection before its nonlinearity: F",
+    "mlp_act": "input of the down projection: F",
+    "mlp_projection": "output of the down projection: D",
+}
+DOTS = (
+    "query",
+    "key",
+    "value",
+    "attention_lse",
+    "attention_out",
+    "attention_projection",
+    "mlp_gate",
+    "mlp_up",
+    "mlp_projection",
+)
+CORE = ("attention_probs", "attention_lse", "attention_out")  # what a recomputed attention core drops
+
+PRESETS: dict[str, tuple[str, ...] | None] = {
+    "none": None,  # no rematerialisation
+    "full": (),  # the block's input alone
+    "dots": DOTS,  # outputs of matrix products; norms, nonlinearities and softmax again
+    # all but the attention core: selective recomputation, Korthikanti et al. 2022
+    "attention": tuple(name for name in TENSORS if name not in CORE),
+}
+
+
+@dataclass(frozen=True)
+class RematConfig:
+    """Rematerialisation of one block (`config.remat`).
+
+    Attributes:
+      policy: `none`, `full`, `dots`, `attention`, or `custom`.
+      save: tensor names to keep on the device; with policy custom.
+      offload: tensor names to keep in host memory; with policy custom. XLA:CPU ignores it.
+    """
+
+    policy: str = "none"
+    save: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.policy not in (*PRESETS, "custom"):
+            choices = ", ".join((*PRESETS, "custom"))
+            raise ValueError(f"config.remat.policy = {self.policy!r}: choose one of {choices}")
+        for key in ("save", "offload"):
+            names = getattr(self, key)
+            if names and self.policy != "custom":
+                raise ValueError(
+                    f"config.remat.{key} = {list(names)}: has no effect with config.remat.policy = "
+                    f"{self.policy!r}; set the policy to 'custom'"
+                )
+            for name in names:
+                if name not in TENSORS:
+                    raise ValueError(
+                        f"config.remat.{key} names {name!r}: no such tensor; there are {', '.join(TENSORS)}"
+                    )
+        both = set(self.save) & set(self.offload)
+        if both:
+            raise ValueError(
+                f"config.remat.offload names {sorted(both)[0]!r}, which config.remat.save names too; "
+                f"a tensor is kept in one place"
+            )
+        if self.policy == "custom" and not self.save and not self.offload:
+            raise ValueError("config.remat.policy = 'custom' saves nothing: name tensors or use 'full'")
+
+
+def tag(x: jax.Array, name: str) -> jax.Array:
+    """Names a value for the policy; the names are those of `TENSORS`."""
+    assert name in TENSORS, name
+    return checkpoint_name(x, name)
+
+
+def remat(block: Callable[..., Any], config: RematConfig) -> Callable[..., Any]:
+    """`block` under the policy; use it as the body of a `lax.scan` (XLA:CPU ignores it elsewhere)."""
+    if config.policy == "none":
+        return block
+    if config.offload:
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(config.save),
+            names_which_can_be_offloaded=list(config.offload),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        names = config.save if config.policy == "custom" else PRESETS[config.policy]
+        assert names is not None
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+    # Inside a scan the loop already keeps XLA from merging the two computations.
+    return jax.checkpoint(block, policy=policy, prevent_cse=False)

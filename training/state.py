@@ -1,0 +1,139 @@
+"""The training state: plain pytrees, created divided, described without being created."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from parallel.precision import LossScale, PrecisionConfig
+from parallel.rules import Rules
+from training.optim import state_specs
+
+Tree = Any
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and writes; a checkpoint holds just this.
+
+    Attributes:
+      step: int32, steps done.
+      params: master parameters, a nested dict by canonical name.
+      opt_state: state of the optax transformation.
+      loss_scale: float16's factor and counter (unused, and 1, in other precisions).
+      skipped: int32, updates skipped because their gradient was not finite.
+    """
+
+    step: jax.Array
+    params: Tree
+    opt_state: Tree
+    loss_scale: LossScale
+    skipped: jax.Array
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as the step sees it: pure functions on a tree of parameters, and that tree's names.
+
+    Attributes:
+      init: PRNG key -> float32 parameters, laid out at rest.
+      axes: tree of logical axis strings, one for each parameter.
+      loss: (params for the model, batch, weights_BT, key or None) -> (float32 sum, float32 sums).
+      rules: the layout.
+    """
+
+    init: Callable[[jax.Array], Tree]
+    axes: Tree
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+    rules: Rules
+
+
+def abstract_params(model: Model, precision: PrecisionConfig) -> Tree:
+    """Shapes, dtypes and partitions of the master parameters; nothing is computed."""
+    return jax.eval_shape(lambda key: _cast(model.init(key), precision), jax.random.key(0))
+
+
+def _cast(params: Tree, precision: PrecisionConfig) -> Tree:
+    return jax.tree.map(lambda p: p.astype(precision.params), params)
+
+
+def state_partition(
+    model: Model, optimizer: optax.GradientTransformation, precision: PrecisionConfig
+) -> TrainState:
+    """The PartitionSpec of every array of the state."""
+    params = abstract_params(model, precision)
+    specs = jax.tree.map(lambda p, names: model.rules.at_rest(names, p.shape), params, model.axes)
+    scalar = PartitionSpec()
+    return TrainState(
+        step=scalar,
+        params=specs,
+        opt_state=state_specs(optimizer, model.axes, params, model.rules),
+        loss_scale=LossScale(scalar, scalar),
+        skipped=scalar,
+    )
+
+
+def create_state(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    precision: PrecisionConfig,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+) -> TrainState:
+    """The state of step 0; every device draws only its own part of the parameters.
+
+    The same seed gives the same parameters on every mesh: threefry is partitionable, and keys go by
+    the parameter's place in the model.
+    """
+    shardings = shardings_of(state_partition(model, optimizer, precision), mesh)
+
+    @jax.jit
+    def init_params() -> Tree:
+        return _cast(model.init(jax.random.key(seed)), precision)
+
+    params = init_params()
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    zero, scale = jnp.int32(0), LossScale.init(precision)
+    rest = jax.device_put(
+        (zero, scale, zero + 0), (shardings.step, shardings.loss_scale, shardings.skipped)
+    )
+    return TrainState(rest[0], params, opt_state, rest[1], rest[2])
+
+
+def abstract_state(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    precision: PrecisionConfig,
+    mesh: jax.sharding.Mesh,
+) -> TrainState:
+    """The state as `ShapeDtypeStruct`s with shardings: what a checkpoint is restored to."""
+    params = abstract_params(model, precision)
+    shapes = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=params,
+        opt_state=jax.eval_shape(optimizer.init, params),
+        loss_scale=LossScale(
+            jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+        ),
+        skipped=jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    shardings = shardings_of(state_partition(model, optimizer, precision), mesh)
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def shardings_of(specs: Tree, mesh: jax.sharding.Mesh) -> Tree:
+    """PartitionSpecs to NamedShardings."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )

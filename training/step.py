@@ -1,0 +1,114 @@
+"""The step: a pure function (state, batch) -> (state, metrics), compiled once, its state donated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from parallel.precision import PrecisionConfig
+from parallel.zero import for_model, zeros_like_gradients
+from training.optim import apply_update
+from training.state import Model, TrainState
+
+Batch = dict[str, jax.Array]
+Tree = Any
+LossAndGrads = Callable[..., tuple[dict[str, jax.Array], Tree]]
+
+
+def loss_and_grads(model: Model, precision: PrecisionConfig, micro_steps: int = 1) -> LossAndGrads:
+    """The one interface between a layout and the step.
+
+    Returns:
+      (master params, batch, key or None, loss scale) -> (sums, gradients). The sums are float32 means
+      over the tokens of the batch (`loss` and what the model reports); gradients are of the mean,
+      times the loss scale, in `rules.of_gradient`; in compute dtype with one micro-step, else in
+      `precision.accumulate`.
+    """
+
+    def of_batch(
+        params: Tree, batch: Batch, key: jax.Array | None, scale: jax.Array
+    ) -> tuple[dict[str, jax.Array], Tree]:
+        leaves, build = for_model(params, model.axes, model.rules, precision.compute)
+        counted = (batch["segments"] > 0).astype(jnp.float32)
+        tokens = jnp.maximum(jnp.sum(counted), 1.0)
+        weights_BT = counted / tokens * scale  # scaled before the gradient is cast to compute dtype
+
+        def loss(
+            leaves: Tree, batch: Batch, weights_BT: jax.Array, key: jax.Array | None
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return model.loss(build(leaves), batch, weights_BT, key)
+
+        grad = jax.value_and_grad(loss, has_aux=True)
+        if micro_steps == 1:
+            (total, aux), grads = grad(leaves, batch, weights_BT, key)
+        else:
+            buffer = zeros_like_gradients(params, model.axes, model.rules, precision.accumulate)
+            split = jax.tree.map(lambda a: _split(a, micro_steps), (batch, weights_BT))
+
+            def micro_step(carry: Tree, xs: Tree) -> tuple[Tree, None]:
+                (batch, weights_BT), index = xs
+                micro_key = None if key is None else jax.random.fold_in(key, index)
+                value, grads = grad(leaves, batch, weights_BT, micro_key)
+                grads = jax.tree.map(lambda g: g.astype(precision.accumulate), grads)
+                return jax.tree.map(jnp.add, carry, (value, grads)), None
+
+            zeros = jax.tree.map(
+                lambda s: jnp.zeros(s.shape, s.dtype),
+                jax.eval_shape(lambda: loss(leaves, *jax.tree.map(lambda a: a[0], split), key)),
+            )
+            xs = (split, jnp.arange(micro_steps))
+            ((total, aux), grads), _ = jax.lax.scan(micro_step, (zeros, buffer), xs)
+        sums = {"loss": total / scale} | {name: value / scale for name, value in aux.items()}
+        return sums | {"tokens": jnp.sum(counted)}, grads
+
+    return of_batch
+
+
+def _split(array_BT: jax.Array, micro_steps: int) -> jax.Array:
+    """[B, T] -> [micro-steps, B / micro-steps, T] without moving a row to another device."""
+    B, *rest = array_BT.shape
+    spec = jax.typeof(array_BT).sharding.spec
+    rows = jax.P(spec[0], None, *spec[1:])
+    split = jnp.reshape(array_BT, (B // micro_steps, micro_steps, *rest), out_sharding=rows)
+    return jnp.moveaxis(split, 1, 0)
+
+
+def make_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    precision: PrecisionConfig,
+    *,
+    seed: int,
+    micro_steps: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The training step; jit it with `donate_argnums=0`.
+
+    An update whose gradient is not finite is skipped and counted, and the loss scale halves.
+    """
+    grads_of = loss_and_grads(model, precision, micro_steps)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        scale = state.loss_scale.scale
+        metrics, grads = grads_of(state.params, batch, key, scale)
+        params, opt_state, grad_norm, finite = apply_update(
+            optimizer, grads, state.opt_state, state.params, scale=scale
+        )
+        skipped = state.skipped + (1 - finite.astype(jnp.int32))
+        metrics |= {
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step - state.skipped),  # skipped steps do not count
+            "skipped": skipped,
+            "finite": finite,
+        }
+        if precision.scaled:
+            metrics["loss_scale"] = scale
+        loss_scale = state.loss_scale.update(precision, finite)
+        return TrainState(state.step + 1, params, opt_state, loss_scale, skipped), metrics
+
+    return step
