@@ -33,10 +33,14 @@ from training import manifest, naming
 log = logging.getLogger(__name__)
 PyTree = Any
 
-# Orbax logs one failure of a write three times, each with its stack trace; `_report` says it once.
-logging.getLogger("absl").addFilter(
-    lambda record: not (record.exc_info and "orbax" in record.pathname)
-)
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
+
+
+# Orbax logs one failure of a write several times, with stack traces; `_report` says it once.
+for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(_not_from_orbax)
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,7 @@ class Checkpoints:
         """Removes what a failed save left (a full disk needs the room) and says what happened."""
         self._remove_unfinished()
         free = shutil.disk_usage(self._directory).free / 2**30
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = repr(error) if str(error) else type(error).__name__
         message = (
             f"--workdir: step {step} could not be saved in {self._directory}, where {free:.2f} "
             f"GiB are free; make room or choose another disk. Steps kept: {self.steps()}. "

@@ -1,5 +1,6 @@
 """A checkpoint survives what happens to disks and processes, and fits any layout."""
 
+import gc
 import json
 import logging
 import resource
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parallel.mesh import MeshConfig, make_mesh
+from tests.processes import launch, outputs
 from training import manifest
 from training.checkpoint import CheckpointConfig, Checkpoints
 
@@ -132,7 +134,7 @@ def test_the_parameters_alone(three_steps):
 
 
 def test_on_disk_are_canonical_names_and_no_mesh(three_steps):
-    path, states, _ = three_steps
+    path, _states, _ = three_steps
     names = set(manifest.tensors(path / "10"))
     assert {"step", "key", "params/blocks/up", "optimizer/0/mu/blocks/up"} <= names
     files = [file for file in (path / "10").rglob("*") if file.is_file()]
@@ -151,7 +153,8 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path, use_mesh):
         overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
         checkpoints = Checkpoints(tmp_path, CONFIG)
         checkpoints.save(1, {"x": x}, {})
-        assert float(overwrite(x).max()) == -1 and x.is_deleted()
+        assert float(overwrite(x).max()) == -1
+        assert x.is_deleted()
         checkpoints.wait()
         _, found = checkpoints.restore(1, want)
         np.testing.assert_array_equal(np.asarray(found["x"]), np.arange(2.0**20))
@@ -209,8 +212,10 @@ def test_damaged_steps_are_passed_over_and_kept(three_steps, caplog):
         step, found = checkpoints.restore(None, want)
     assert step == 10
     assert_equal(found, states[10])
-    assert "step 30" in caplog.text and file.name in caplog.text
-    assert "step 20" in caplog.text and manifest.NAME in caplog.text
+    assert "step 30" in caplog.text
+    assert file.name in caplog.text
+    assert "step 20" in caplog.text
+    assert manifest.NAME in caplog.text
     assert (path / "30.damaged" / "metadata.json").exists()
     # The same number can be saved again, and damage again.
     checkpoints.save(30, states[30], {})
@@ -237,7 +242,7 @@ def test_a_reader_moves_nothing_and_never_swaps_the_step_asked_for(three_steps, 
 
 
 def test_an_interrupted_write_is_ignored_and_removed(three_steps, caplog):
-    path, states, want = three_steps
+    path, _states, want = three_steps
     shutil.copytree(path / "30", path / "40.tmp")
     assert Checkpoints(path).latest() == 30
     assert (path / "40.tmp").exists()
@@ -248,6 +253,8 @@ def test_an_interrupted_write_is_ignored_and_removed(three_steps, caplog):
     assert checkpoints.restore(None, want)[0] == 30
 
 
+# What Orbax leaves behind of a failed write complains of a closed event loop when it is collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_costs_only_the_step_that_did_not_fit(three_steps, caplog):
     path, states, want = three_steps
     checkpoints = Checkpoints(path, CONFIG)
@@ -261,6 +268,7 @@ def test_a_full_disk_costs_only_the_step_that_did_not_fit(three_steps, caplog):
         checkpoints._settle()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        gc.collect()
     assert "step 50 could not be saved" in caplog.text
     assert not any(record.exc_info for record in caplog.records)
     assert checkpoints.steps() == [10, 20, 30]
@@ -271,7 +279,7 @@ def test_a_full_disk_costs_only_the_step_that_did_not_fit(three_steps, caplog):
 
 
 def test_another_model_is_refused(three_steps, use_mesh):
-    path, states, want = three_steps
+    path, _states, want = three_steps
     narrow = want._replace(
         params=want.params
         | {"norm": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=want.step.sharding)}
@@ -302,3 +310,50 @@ def test_saving_a_step_again_leaves_it_alone(three_steps):
     checkpoints.save(30, states[10], {})
     checkpoints.close()
     assert json.loads((path / "30" / manifest.NAME).read_text()) == before
+
+
+BOTH_WAYS = """
+import jax, numpy as np
+from parallel.mesh import MeshConfig, make_mesh
+from training.checkpoint import CheckpointConfig, Checkpoints
+path, save, restore = arguments
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+sharding = jax.NamedSharding(mesh, jax.P("fsdp", ("data", "tensor")))
+checkpoints = Checkpoints(path, CheckpointConfig(keep=1))
+with jax.set_mesh(mesh):
+    if restore:
+        want = {"x": jax.ShapeDtypeStruct((16, 32), np.float32, sharding=sharding)}
+        step, state = checkpoints.restore(None, want)
+        weights = np.arange(32, dtype=np.float32)
+        print(step, float(jax.jit(lambda x: (x * weights).sum())(state["x"])))
+    if save:
+        x = np.arange(512, dtype=np.float32).reshape(16, 32)
+        x = jax.make_array_from_callback((16, 32), sharding, lambda i: x[i])
+        checkpoints.save(6, {"x": x}, {"position": 6})
+        checkpoints.save(7, {"x": x}, {"position": 7})
+        checkpoints.save(7, {"x": x}, {"position": 7})
+        checkpoints.close()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_reads_and_the_other_way_round(tmp_path):
+    x = np.arange(512, dtype=np.float32).reshape(16, 32)
+    total = float((x * np.arange(32, dtype=np.float32)).sum(dtype=np.float64))
+    outputs(launch(BOTH_WAYS, tmp_path / "two", "save", ""))
+    mesh = make_mesh(MeshConfig(data=8))
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, P(None, "data"))
+        want = {"x": jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=sharding)}
+        checkpoints = Checkpoints(tmp_path / "two")
+        assert checkpoints.steps() == [7]
+        assert checkpoints.metadata(7) == {"position": 7}
+        np.testing.assert_array_equal(np.asarray(checkpoints.restore(None, want)[1]["x"]), x)
+
+        checkpoints = Checkpoints(tmp_path / "one", CONFIG)
+        for step in (3, 5):
+            checkpoints.save(step, {"x": jax.device_put(x, sharding)}, {})
+        checkpoints.close()
+    damage("truncated", largest_file(tmp_path / "one" / "5"))
+    # Sums of integers below 2**24 are exact in float32.
+    assert outputs(launch(BOTH_WAYS, tmp_path / "one", "", "restore")) == [f"3 {total}\n"] * 2

@@ -1,0 +1,64 @@
+"""Runs a piece of code in several processes that form one program."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+PRELUDE = """
+import sys
+from parallel import distributed
+count, index, port, *arguments = sys.argv[1:]
+count, index = int(count), int(index)
+distributed.start(f"127.0.0.1:{port}", count, index, timeout=60)
+"""
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def launch(code: str, *arguments: object, count: int = 2, devices: int = 4) -> list:
+    """Starts `code` in `count` processes of `devices` CPU devices each.
+
+    It finds `arguments` (strings), `index` and `count` defined.
+    """
+    environ = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + code, str(count), str(index), str(port)]
+            + [str(argument) for argument in arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environ,
+        )
+        for index in range(count)
+    ]
+
+
+def outputs(processes: list, timeout: float = 120) -> list[str]:
+    """What each process printed (but for Gloo's greetings), once all have ended well."""
+    try:
+        results = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, stderr) in zip(processes, results, strict=True):
+        assert process.returncode == 0, stderr[-4000:]
+    return [
+        "".join(line for line in stdout.splitlines(True) if not line.startswith("[Gloo]"))
+        for stdout, _ in results
+    ]
