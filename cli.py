@@ -43,7 +43,7 @@ def run(
     flags: Sequence[Flag] = (),
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
-    """Reads the command line, starts JAX's processes, calls `main(config, workdir, **flags)`, exits.
+    """Reads the command line, starts the processes, calls `main(config, workdir, **flags)`, exits.
 
     Exit codes: 0; 2 with one line `error: ...` for a ValueError or OSError, which are taken to be
     the user's (wrong key, missing file); 1 with one line for anything else; 130 on Ctrl-C. With
@@ -207,7 +207,7 @@ def _report(line: str, code: int, debug: bool = False) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """Exits; a process that failed among several does so at once, without waiting for the others."""
+    """Exits; one of several processes that failed does so at once, not waiting for the others."""
     jax = sys.modules.get("jax")
     if code and jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()

@@ -30,6 +30,7 @@ NOT_EXPERIMENTS = ("__init__", "base")
 # else changes what is learnt, and belongs in a workdir of its own.
 FREE_SECTIONS = ("checkpoint", "eval", "logging", "mesh", "parallel", "remat")
 FREE_KEYS = (
+    "config.data.cache",
     "config.data.eval_path",
     "config.data.prefetch_mib",
     "config.loss.chunk",

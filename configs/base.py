@@ -87,18 +87,21 @@ def get_config() -> ConfigDict:
     remat.save = ()  # custom: names of tensors kept on the device
     remat.offload = ()  # custom: names of tensors kept in host memory
 
-    config.data = data = ConfigDict()  # data/loader.py
+    config.data = data = ConfigDict()  # data/config.py
     data.source = "stdlib"  # stdlib | text | jsonl | tokens | dataset
-    data.path = ""  # files: a glob for text, jsonl and tokens, a folder for dataset
-    data.eval_path = ""  # held-out files; empty: a fixed part of the documents is held out
+    data.path = ""  # file or glob; a folder for dataset; empty for stdlib
+    data.eval_path = ""  # held-out documents; empty: about 5% of path's are held out
     data.text_field = "text"  # the field of jsonl and dataset that holds the text
-    data.token_dtype = "uint16"  # uint16 | uint32: of the tokens source
-    data.tokenizer = "bpe"  # bytes | bpe (trained on the corpus) | path of a tokenizer.json
-    data.sequence_length = 256  # tokens
-    data.batch_size = 64  # sequences per step over all devices
-    data.packing = True  # several documents in one sequence, which do not see each other
-    data.buckets = ()  # lengths to pad to, instead of packing
-    data.prefetch_mib = 64  # MiB of batches made ahead
+    data.token_dtype = "uint16"  # uint16 | uint32: of raw .bin files (tokens)
+    data.tokenizer = "bpe"  # bytes | bpe (trained on the training documents) | a tokenizer.json
+    data.end_token = ""  # end of document in that tokenizer.json; empty: looked for by usual names
+    data.sequence_length = 256  # tokens in a row
+    data.batch_size = 64  # rows of a step over all devices
+    data.packing = "packed"  # packed (several documents a row, which do not see each other) |
+    #                          buckets (one piece a row, rows of several lengths) | none
+    data.buckets = ()  # those lengths, rising; the last one is sequence_length
+    data.prefetch_mib = 64  # MiB of host memory for batches made ahead
+    data.cache = ""  # folder for tokenised text; empty: in the workdir
 
     config.optimizer = optimizer = ConfigDict()  # training/optim.py
     optimizer.name = "adamw"  # adamw | adafactor | lion | muon | sgd

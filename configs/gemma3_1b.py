@@ -1,10 +1,10 @@
-r"""Gemma 3 1B, 999,885,952 parameters: five local layers to each global one, sandwich norms, GeGLU.
+"""Gemma 3 1B, 999,885,952 parameters: five local layers to each global one, sandwich norms, GeGLU.
 
 Shape: "Gemma 3 Technical Report", https://arxiv.org/abs/2503.19786, section 2, and
 https://huggingface.co/google/gemma-3-1b-pt/blob/main/config.json. The recipe is ours.
 
-    python train.py --config=configs/gemma3_1b.py --workdir=runs/gemma3 \
-        --config.data.path='corpus/*.jsonl' --config.data.tokenizer=gemma3/tokenizer.json
+    # text in corpus/, or set config.data.path and config.data.tokenizer
+    python train.py --config=configs/gemma3_1b.py --workdir=runs/gemma3
 
 Expected: for planning; not run here. The vocabulary of 262,144 is a third of the parameters.
 """
@@ -39,7 +39,8 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = -1
     config.precision.compute = "bfloat16"
     config.data.source = "jsonl"
-    config.data.tokenizer = "tokenizer.json"
+    config.data.path = "corpus/*.jsonl"
+    config.data.tokenizer = "corpus/tokenizer.json"
     config.data.sequence_length = 4096
     config.data.batch_size = 256
 

@@ -1,11 +1,11 @@
-r"""GPT-2 small, 124,439,808 parameters, trained on text as the open reproductions train it.
+"""GPT-2 small, 124,439,808 parameters, trained on text as the open reproductions train it.
 
 Shape: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners",
 https://huggingface.co/openai-community/gpt2/blob/main/config.json. Recipe: AdamW at 6e-4, half a
 million tokens a step, after Brown et al. 2020, https://arxiv.org/abs/2005.14165, table 2.1 (125M).
 
-    python train.py --config=configs/gpt2_124m.py --workdir=runs/gpt2 \
-        --config.data.path='corpus/*.txt' --config.data.tokenizer=gpt2/tokenizer.json
+    # text in corpus/, or set config.data.path and config.data.tokenizer
+    python train.py --config=configs/gpt2_124m.py --workdir=runs/gpt2
 
 Expected: not run here yet. Open reproductions on OpenWebText report a held-out loss near 2.85 after
 300 billion tokens (https://github.com/karpathy/nanoGPT).
@@ -38,7 +38,8 @@ def get_config() -> ConfigDict:
 
     config.precision.compute = "bfloat16"
     config.data.source = "text"
-    config.data.tokenizer = "tokenizer.json"
+    config.data.path = "corpus/*.txt"
+    config.data.tokenizer = "corpus/tokenizer.json"
     config.data.sequence_length = 1024
     config.data.batch_size = 512
 

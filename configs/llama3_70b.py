@@ -1,12 +1,12 @@
-r"""Llama 3 70B, 70,553,706,496 parameters.
+"""Llama 3 70B, 70,553,706,496 parameters.
 
 Shape: "The Llama 3 Herd of Models", https://arxiv.org/abs/2407.21783, table 3, and
 https://huggingface.co/meta-llama/Meta-Llama-3-70B/blob/main/config.json. The peak learning rate is
 that table's; batch, length and warm-up are those of the first phase of its section 3.4.1. Llama 3.1
 differs in the positions alone: `--config.model.rope_scaling=llama3 --config.model.rope_factor=8`.
 
-    python train.py --config=configs/llama3_70b.py --workdir=runs/llama3_70b \
-        --config.data.path='corpus/*.jsonl' --config.data.tokenizer=llama3/tokenizer.json
+    # text in corpus/, or set config.data.path and config.data.tokenizer
+    python train.py --config=configs/llama3_70b.py --workdir=runs/llama3_70b
 
 Expected: for planning; not run here. At rest in mixed precision with a float32 master copy, AdamW
 and FSDP over all devices: 12 bytes a parameter, 847 GB in all, divided by the devices.
@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
     config.precision.compute = "bfloat16"
     config.remat.policy = "full"
     config.data.source = "jsonl"
-    config.data.tokenizer = "tokenizer.json"
+    config.data.path = "corpus/*.jsonl"
+    config.data.tokenizer = "corpus/tokenizer.json"
     config.data.sequence_length = 8192
     config.data.batch_size = 512
 

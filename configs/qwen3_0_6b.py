@@ -1,11 +1,11 @@
-r"""Qwen 3 0.6B, 596,049,920 parameters: QK-norm, heads wider than embed_dim / heads, tied
+"""Qwen 3 0.6B, 596,049,920 parameters: QK-norm, heads wider than embed_dim / heads, tied
 embeddings.
 
 Shape: "Qwen3 Technical Report", https://arxiv.org/abs/2505.09388, table 1, and
 https://huggingface.co/Qwen/Qwen3-0.6B-Base/blob/main/config.json. The recipe is ours.
 
-    python train.py --config=configs/qwen3_0_6b.py --workdir=runs/qwen3 \
-        --config.data.path='corpus/*.jsonl' --config.data.tokenizer=qwen3/tokenizer.json
+    # text in corpus/, or set config.data.path and config.data.tokenizer
+    python train.py --config=configs/qwen3_0_6b.py --workdir=runs/qwen3
 
 Expected: for planning; not run here.
 """
@@ -33,7 +33,8 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = -1
     config.precision.compute = "bfloat16"
     config.data.source = "jsonl"
-    config.data.tokenizer = "tokenizer.json"
+    config.data.path = "corpus/*.jsonl"
+    config.data.tokenizer = "corpus/tokenizer.json"
     config.data.sequence_length = 4096
     config.data.batch_size = 256
 
