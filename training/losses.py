@@ -1,0 +1,284 @@
+"""Cross-entropy of the next token: vocabulary divided over devices, logits of one chunk at a time.
+
+The logits of a whole batch are the largest tensor of a small model's step (tokens x vocabulary in
+float32). They never exist here: tokens go through in chunks, and the gradient is formed while a
+chunk's logits are at hand, so that neither direction keeps or recomputes them (as do Liger, Hsu et
+al. 2024, https://arxiv.org/abs/2410.10989, and Cut Cross-Entropy, Wijmans et al. 2024,
+https://arxiv.org/abs/2411.09009). The price: the gradient is formed for a cotangent of one and
+scaled by the true one later, so whatever scales the loss belongs in `weights_BT`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+from parallel.rules import Rules
+
+MASKED = -1e30  # a padded column's logit: its exponential is zero, and no infinity is subtracted
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss head (`config.loss`).
+
+    Attributes:
+      chunk: tokens per device whose logits exist at one time.
+      z_loss: weight of the squared log-partition (Chowdhery et al. 2022, PaLM section 5,
+        https://arxiv.org/abs/2204.02311); 0 turns it off.
+    """
+
+    chunk: int = 1024
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise ValueError(f"config.loss.chunk = {self.chunk}: at least 1 token at a time")
+        if self.z_loss < 0:
+            raise ValueError(f"config.loss.z_loss = {self.z_loss}: a weight is 0 (off) or more")
+
+
+def cross_entropy(
+    hidden_BTD: Array,
+    table: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    *,
+    rules: Rules,
+    vocab_size: int,
+    table_axes: str = "vocab -> embed",
+    chunk: int = 1024,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> tuple[Array, dict[str, Array]]:
+    """The weighted sum over tokens of -log p(target) and z_loss * log(partition)^2.
+
+    Args:
+      hidden_BTD: last hidden states in compute dtype, partitioned as "batch seq act_embed".
+      table: [V, D] (a tied embedding) or [D, V], in compute dtype, V padded. Mesh axes
+        other than those of `act_vocab` (FSDP's) are gathered here, and the gradient leaves reduced
+        and scattered over them.
+      targets_BT: int32, below `vocab_size`, partitioned as "batch seq".
+      weights_BT: float32, partitioned as "batch seq"; zero for tokens that do not count. Holds
+        1 / (tokens of the step) and the loss scale, so that gradients are scaled before any cast.
+      rules: which mesh axes divide the batch and the vocabulary.
+      vocab_size: the true number of tokens; later columns are padding and take no probability.
+      table_axes: "vocab -> embed" or "embed -> vocab", the table's orientation.
+      chunk: tokens per device whose logits exist at one time.
+      softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2,
+        https://arxiv.org/abs/2408.00118).
+      z_loss: weight of the squared log-partition.
+
+    Returns:
+      The float32 scalar sum, and float32 sums with the same weights that carry no gradient:
+      `nll_sum`, `z_sum` (of the squared log-partition, without `z_loss`), `correct_sum` (tokens
+      whose target has the largest logit).
+    """
+    head = _Head(rules, vocab_size, table_axes, chunk, softcap, z_loss)
+    loss_sum, aux, _ = _cross_entropy(head, hidden_BTD, table, targets_BT, weights_BT)
+    return loss_sum, jax.tree.map(lax.stop_gradient, aux)
+
+
+def token_nll(
+    hidden_BTD: Array,
+    table: Array,
+    targets_BT: Array,
+    *,
+    rules: Rules,
+    vocab_size: int,
+    table_axes: str = "vocab -> embed",
+    chunk: int = 1024,
+    softcap: float | None = None,
+) -> Array:
+    """-log p(target) of every token, float32 [B, T], for evaluation; else like `cross_entropy`."""
+    head = _Head(rules, vocab_size, table_axes, chunk, softcap, 0.0)
+    ones_BT = jnp.ones(targets_BT.shape, jnp.float32, out_sharding=rules.spec("batch seq"))
+    return lax.stop_gradient(_cross_entropy(head, hidden_BTD, table, targets_BT, ones_BT)[2])
+
+
+Outputs = tuple[Array, dict[str, Array], Array]  # loss_sum, aux, nll_BT
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What is static about a loss head."""
+
+    rules: Rules
+    vocab_size: int
+    table_axes: str
+    chunk: int
+    softcap: float | None
+    z_loss: float
+
+    @property
+    def vocab_dim(self) -> int:
+        return self.table_axes.replace("->", " ").split().index("vocab")
+
+    def divided(self, name: str) -> tuple[str, ...]:
+        """The mesh axes of a logical name, without those of size one (no collective is needed)."""
+        return tuple(axis for axis in self.rules.axes(name) if self.rules.size((axis,)) > 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(
+    head: _Head, hidden_BTD: Array, table: Array, targets_BT: Array, weights_BT: Array
+) -> Outputs:
+    return _island(head, False, hidden_BTD, table, targets_BT, weights_BT)[0]
+
+
+def _forward(head: _Head, *arrays: Array) -> tuple[Outputs, tuple[Array, ...]]:
+    return _island(head, True, *arrays)
+
+
+def _backward(
+    head: _Head, gradients: tuple[Array, Array], cotangents: Any
+) -> tuple[Array, Array, None, None]:
+    d_loss = cotangents[0]  # the literal 1.0 under jax.grad: XLA drops the products
+    d_hidden, d_table = ((g.astype(jnp.float32) * d_loss).astype(g.dtype) for g in gradients)
+    return d_hidden, d_table, None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _island(
+    head: _Head,
+    with_gradient: bool,
+    hidden_BTD: Array,
+    table: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+) -> tuple[Outputs, tuple[Array, ...]]:
+    """Runs `_local` on every device, Manual over each mesh axis that is not Manual already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    tokens, hidden = head.rules.spec("batch seq"), head.rules.spec("batch seq act_embed")
+    table_spec = jax.typeof(table).sharding.spec
+    return jax.shard_map(
+        partial(_local, head, table_spec, with_gradient),
+        in_specs=(hidden, table_spec, tokens, tokens),
+        out_specs=((P(), P(), tokens), (hidden, table_spec) if with_gradient else ()),
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
+    )(hidden_BTD, table, targets_BT, weights_BT)
+
+
+def _local(
+    head: _Head,
+    spec: P,
+    with_gradient: bool,
+    x_BTD: Array,
+    table: Array,
+    targets_BT: Array,
+    w_BT: Array,
+) -> tuple[Outputs, tuple[Array, ...]]:
+    """One device's tokens against its part of the vocabulary."""
+    batch, vocab = head.divided("batch"), head.divided("act_vocab")
+    extra = _extra_axes(head, spec)
+    for dim, axes in extra:
+        table = lax.all_gather(table, axes, axis=dim, tiled=True)
+
+    B, T = targets_BT.shape
+    count = B * T
+    chunks = -(-count // head.chunk)
+    size = -(-count // chunks)  # even chunks: fewer than `chunks` rows of padding
+
+    def split(a: Array) -> Array:
+        a = a.reshape(count, *a.shape[2:])
+        a = jnp.pad(a, [(0, chunks * size - count)] + [(0, 0)] * (a.ndim - 1))
+        return a.reshape(chunks, size, *a.shape[1:])
+
+    def merge(a: Array) -> Array:
+        return a.reshape(chunks * size, *a.shape[2:])[:count].reshape(B, T, *a.shape[2:])
+
+    one_chunk = partial(_chunk, head, with_gradient, table)
+    d_table = jnp.zeros(table.shape, jnp.float32) if with_gradient else None
+    xs = split(x_BTD), split(targets_BT), split(w_BT)
+    d_table, (nll, lse, correct, d_x) = lax.scan(one_chunk, d_table, xs)
+
+    weights, nll, lse, correct = merge(xs[2]), merge(nll), merge(lse), merge(correct)
+    sums = [jnp.sum(weights * a) for a in (nll, lse * lse, correct)]
+    nll_sum, z_sum, correct_sum = _psum(jnp.stack(sums), batch)
+    aux = {"nll_sum": nll_sum, "z_sum": z_sum, "correct_sum": correct_sum}
+    outputs = nll_sum + head.z_loss * z_sum, aux, nll
+    if not with_gradient:
+        return outputs, ()
+
+    for dim, axes in extra:
+        d_table = lax.psum_scatter(d_table, axes, scatter_dimension=dim, tiled=True)
+    scattered = {axis for _, axes in extra for axis in axes}
+    d_table = _psum(d_table, tuple(axis for axis in batch if axis not in scattered))
+    d_x_BTD = _psum(merge(d_x), vocab)
+    return outputs, (d_x_BTD.astype(x_BTD.dtype), d_table.astype(table.dtype))
+
+
+def _chunk(
+    head: _Head,
+    with_gradient: bool,
+    table: Array,
+    d_table: Any,  # float32, or None without gradient
+    inputs: tuple[Array, Array, Array],
+) -> tuple[Any, tuple[Any, ...]]:
+    """One chunk of C tokens: adds to the table's gradient; gives its losses and hidden gradient."""
+    x_CD, targets_C, weights_C = inputs
+    vocab_axes, v = head.divided("act_vocab"), head.vocab_dim
+    columns = table.shape[v]
+    first = lax.axis_index(vocab_axes) * columns if vocab_axes else 0
+
+    capped_CV = logits_CV = lax.dot_general(
+        x_CD, table, (((1,), (1 - v,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    if head.softcap is not None:
+        capped_CV = logits_CV = head.softcap * jnp.tanh(logits_CV / head.softcap)
+    column_CV = lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1)
+    if columns * head.rules.size(vocab_axes) > head.vocab_size:
+        logits_CV = jnp.where(column_CV < head.vocab_size - first, logits_CV, MASKED)
+
+    max_C = jnp.max(logits_CV, axis=1)
+    max_C = lax.pmax(max_C, vocab_axes) if vocab_axes else max_C
+    exp_sum_C = jnp.sum(jnp.exp(logits_CV - max_C[:, None]), axis=1)
+    target_C = targets_C - first
+    here_C = (target_C >= 0) & (target_C < columns)
+    index_C1 = jnp.clip(target_C, 0, columns - 1)[:, None]
+    picked_C = jnp.where(here_C, jnp.take_along_axis(capped_CV, index_C1, axis=1)[:, 0], 0.0)
+    exp_sum_C, picked_C = _psum(jnp.stack([exp_sum_C, picked_C]), vocab_axes)
+    lse_C = max_C + jnp.log(exp_sum_C)
+    losses = lse_C - picked_C, lse_C, (picked_C >= max_C).astype(jnp.float32)
+    if not with_gradient:
+        return d_table, (*losses, None)
+
+    scale_C = weights_C * (1.0 + 2.0 * head.z_loss * lse_C)
+    d_logits_CV = jnp.exp(logits_CV - lse_C[:, None]) * scale_C[:, None]
+    d_logits_CV -= jnp.where(column_CV == target_C[:, None], weights_C[:, None], 0.0)
+    if head.softcap is not None:
+        d_logits_CV *= 1.0 - jnp.square(capped_CV / head.softcap)
+    d_logits_CV = d_logits_CV.astype(x_CD.dtype)
+    d_x_CD = lax.dot_general(d_logits_CV, table, (((1,), (v,)), ((), ())))
+    left, right = (d_logits_CV, x_CD) if v == 0 else (x_CD, d_logits_CV)
+    d_table += lax.dot_general(
+        left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return d_table, (*losses, d_x_CD)
+
+
+def _psum(x: Array, axes: tuple[str, ...]) -> Array:
+    return lax.psum(x, axes) if axes else x
+
+
+def _extra_axes(head: _Head, spec: P) -> list[tuple[int, tuple[str, ...]]]:
+    """(dim, mesh axes) that divide the table at rest but not while it is used."""
+    extra = []
+    for dim, entry in enumerate(spec):
+        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        axes = tuple(axis for axis in axes if head.rules.size((axis,)) > 1)
+        used = head.divided("act_vocab") if dim == head.vocab_dim else ()
+        assert axes[: len(used)] == used, (spec, used)
+        assert set(axes[len(used) :]) <= set(head.divided("batch")), (spec, axes)
+        if axes[len(used) :]:
+            extra.append((dim, axes[len(used) :]))
+    return extra
