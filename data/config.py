@@ -1,0 +1,105 @@
+"""What to train on and how to cut it: `config.data`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SOURCES = ("stdlib", "text", "jsonl", "tokens", "dataset")
+PACKINGS = ("packed", "buckets", "none")
+TOKEN_DTYPES = ("uint16", "uint32")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and the shape of a batch (`config.data`).
+
+    Attributes:
+      source: `stdlib` (CPython's own standard library), `text` (one document a file), `jsonl` (one a
+        line), `tokens` (already tokenised), `dataset` (a folder of Parquet or Arrow; extra `hf`).
+      path: a file, a folder (`dataset`) or a glob; empty for `stdlib`.
+      eval_path: held-out documents; empty holds out about 5% of `path`'s, chosen by their names.
+      tokenizer: `bytes`, `bpe` (trained on the training documents, of `config.model.vocab_size`
+        tokens), or the path of a `tokenizer.json`.
+      end_token: the end-of-document token of that `tokenizer.json`; empty looks for a usual name.
+      sequence_length: T, positions in a row.
+      batch_size: B, rows of a step over all devices.
+      packing: `packed` (several documents a row), `buckets` (one piece of a document a row, rows of
+        `buckets` lengths), `none` (one piece a row, padded to T).
+      buckets: row lengths in rising order, the last one `sequence_length`.
+      prefetch_mib: host memory for batches made ahead, in MiB.
+      text_field: the field that holds the text (`jsonl`, `dataset`).
+      token_dtype: dtype of raw `.bin` files (`tokens`).
+      cache: folder for tokenised corpora; empty is `<workdir>/cache`.
+    """
+
+    source: str = "stdlib"
+    path: str = ""
+    eval_path: str = ""
+    tokenizer: str = "bytes"
+    end_token: str = ""
+    sequence_length: int = 256
+    batch_size: int = 64
+    packing: str = "packed"
+    buckets: tuple[int, ...] = ()
+    prefetch_mib: int = 64
+    text_field: str = "text"
+    token_dtype: str = "uint16"
+    cache: str = ""
+
+    def __post_init__(self) -> None:
+        choices = {"source": SOURCES, "packing": PACKINGS, "token_dtype": TOKEN_DTYPES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"config.data.{name} = {getattr(self, name)!r}: choose one of {', '.join(allowed)}"
+                )
+        for name in ("path", "eval_path", "tokenizer", "end_token", "text_field", "cache"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"config.data.{name} = {getattr(self, name)!r}: give a string")
+        for name in ("sequence_length", "batch_size", "prefetch_mib"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"config.data.{name} = {value!r}: give a whole number of at least 1"
+                )
+        if not self.tokenizer:
+            raise ValueError(
+                "config.data.tokenizer = '': choose bytes, bpe or the path of a tokenizer.json"
+            )
+        if self.source == "stdlib":
+            for name in ("path", "eval_path"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"config.data.{name} = {getattr(self, name)!r}: config.data.source = 'stdlib' "
+                        f"reads no path; leave it empty, or choose source text, jsonl, tokens or dataset"
+                    )
+        elif not self.path:
+            raise ValueError(
+                f"config.data.path = '': config.data.source = '{self.source}' needs a file or a glob"
+            )
+        if self.source == "tokens" and self.tokenizer == "bpe":
+            raise ValueError(
+                "config.data.tokenizer = 'bpe': no BPE can be trained on config.data.source = 'tokens'; "
+                "give bytes or the path of the tokenizer.json that made them"
+            )
+        self._check_buckets()
+
+    def _check_buckets(self) -> None:
+        object.__setattr__(self, "buckets", tuple(self.buckets))  # lists arrive from ConfigDict
+        if self.packing != "buckets":
+            if self.buckets:
+                raise ValueError(
+                    f"config.data.buckets = {self.buckets}: read only with config.data.packing = "
+                    f"'buckets', which is '{self.packing}'; leave it empty"
+                )
+            return
+        rising = (
+            self.buckets
+            and self.buckets[0] >= 1
+            and list(self.buckets) == sorted(set(self.buckets))
+        )
+        if not rising or self.buckets[-1] != self.sequence_length:
+            raise ValueError(
+                f"config.data.buckets = {self.buckets}: give row lengths in rising order, the last one "
+                f"config.data.sequence_length = {self.sequence_length}"
+            )

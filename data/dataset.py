@@ -1,0 +1,161 @@
+"""Open the data of a config: tokeniser, corpus, plans, loaders, and what to write in the log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.config import DataConfig
+from data.corpus import Corpus, open_corpus
+from data.loader import HeldOutBatches, Loader, TrainBatches, process_rows
+from data.pack import Plan, make_plans, waste
+from data.sources import open_documents, training_texts
+from data.tokens import Tokenizer, open_tokenizer
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run trains on, for its log and its checkpoints.
+
+    Attributes:
+      source: `config.data.source`, with the path.
+      tokenizer: `config.data.tokenizer`.
+      documents: documents trained on.
+      tokens: their tokens, ends included.
+      held_out_documents: documents held out.
+      held_out_tokens: their tokens.
+      rows: rows of an epoch.
+      padding_waste: fraction of an epoch's positions that is padding.
+      fingerprint: a hash of all tokens and of what is held out. A run resumed on other data has another.
+    """
+
+    source: str
+    tokenizer: str
+    documents: int
+    tokens: int
+    held_out_documents: int
+    held_out_tokens: int
+    rows: int
+    padding_waste: float
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return (
+            f"data: {self.source} as {self.tokenizer}, {self.documents:,} documents of {self.tokens:,} "
+            f"tokens, {self.held_out_documents:,} of {self.held_out_tokens:,} held out; {self.rows:,} "
+            f"rows an epoch, {self.padding_waste:.1%} of them padding; {self.fingerprint[:12]}"
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run.
+
+    Attributes:
+      config: `config.data`.
+      seed: decides the order of the training batches.
+      tokenizer: text to ids and back, bytes of each token.
+      training: documents trained on.
+      plans: their rows, by row length.
+      evaluation: documents held out.
+      held_out_plan: their rows, always packed: one shape.
+      summary: for the log and the checkpoint.
+    """
+
+    config: DataConfig
+    seed: int
+    tokenizer: Tokenizer
+    training: Corpus
+    plans: list[Plan]
+    evaluation: Corpus
+    held_out_plan: Plan
+    summary: Summary
+
+    def train(
+        self,
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> Loader:
+        """Endless training batches from number `start_step` on.
+
+        Args:
+          start_step: number of the first batch; a resumed run gives the steps done so far.
+          process_index: which equal part of the rows to give ...
+          process_count: ... of how many.
+          rows: the rows to give instead (`local_rows`), for meshes where processes share rows.
+        """
+        size = self.config.batch_size
+        rows = process_rows(size, process_index, process_count) if rows is None else rows
+        batches = TrainBatches(self.training, self.plans, self.seed, size, rows)
+        return self._loader(batches, start_step, len(rows))
+
+    def held_out(
+        self,
+        batches: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> Loader:
+        """The first `batches` batches of the held-out documents, the same ones every time.
+
+        There are fewer where the documents do not fill them; the last is padded (`segments` = 0).
+        """
+        size = self.config.batch_size
+        rows = process_rows(size, process_index, process_count) if rows is None else rows
+        chosen = HeldOutBatches(self.evaluation, self.held_out_plan, batches, size, rows)
+        return self._loader(chosen, 0, len(rows))
+
+    def _loader(self, batches: TrainBatches | HeldOutBatches, start: int, rows: int) -> Loader:
+        batch_bytes = 4 * 4 * rows * self.config.sequence_length  # four int32 arrays
+        return Loader(batches, start, self.config.prefetch_mib * MIB, batch_bytes)
+
+
+def open_data(config: DataConfig, vocab_size: int, workdir: str | Path, *, seed: int = 0) -> Data:
+    """Reads, tokenises and packs the data of a config, or finds it in the cache.
+
+    Args:
+      config: `config.data`.
+      vocab_size: `config.model.vocab_size`; the tokeniser's ids must be below it.
+      workdir: folder of the run: a trained BPE and (without `config.data.cache`) the cached tokens.
+      seed: `config.seed`; decides the order of the training batches and nothing else.
+
+    Raises:
+      ValueError: data that is missing, malformed, too little, or at odds with the vocabulary; names
+        the config key, its value and what would be right.
+    """
+    workdir = Path(workdir)
+    documents = None if config.source == "tokens" else open_documents(config)
+    texts = lambda: training_texts(documents) if documents is not None else iter(())
+    tokenizer = open_tokenizer(config, vocab_size, workdir, texts)
+    cache = Path(config.cache).expanduser() if config.cache else workdir / "cache"
+    training, evaluation = open_corpus(config, tokenizer, documents, cache, vocab_size)
+    plans = make_plans(training, config.sequence_length, config.packing, config.buckets)
+    (held_out_plan,) = make_plans(evaluation, config.sequence_length, "packed")
+    for name, plan_rows in (
+        ("train on", sum(plan.rows for plan in plans)),
+        ("hold out", held_out_plan.rows),
+    ):
+        if not plan_rows:
+            raise ValueError(
+                f"config.data.path = '{config.path}': too little text, nothing is left to {name}; give "
+                f"more documents"
+            )
+    summary = Summary(
+        source=f"{config.source} {config.path}".strip(),
+        tokenizer=config.tokenizer,
+        documents=len(training.starts),
+        tokens=int(training.lengths.sum()),
+        held_out_documents=len(evaluation.starts),
+        held_out_tokens=int(evaluation.lengths.sum()),
+        rows=sum(plan.rows for plan in plans),
+        padding_waste=waste(plans),
+        fingerprint=training.fingerprint,
+    )
+    return Data(config, seed, tokenizer, training, plans, evaluation, held_out_plan, summary)
