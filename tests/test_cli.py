@@ -154,10 +154,7 @@ BAD_FILES = {
     "def get_config(): return {'mesh': 8}": ("config.mesh = 8: should be a mapping",),
     "def get_config(): return {'seed': 'a'}": ("config.seed = 'a': should be a whole number",),
     "def get_config(): return {'model': {'tied': 1}}": ("config.model.tied = 1", "true or"),
-    "from configs import base\ndef get_config():\n    c = base.get_config()\n    c.model.layrs = 2": (
-        "mine.py, line 4",
-        "layrs",
-    ),
+    "from configs import base\nc = base.get_config()\nc.model.layrs = 2": ("line 3", "layrs"),
 }
 
 
