@@ -14,8 +14,8 @@ class DataConfig:
     """Where the text comes from and the shape of a batch (`config.data`).
 
     Attributes:
-      source: `stdlib` (CPython's own standard library), `text` (one document a file), `jsonl` (one a
-        line), `tokens` (already tokenised), `dataset` (a folder of Parquet or Arrow; extra `hf`).
+      source: `stdlib` (CPython's own standard library), `text` (one document a file), `jsonl` (one
+        a line), `tokens` (already tokenised), `dataset` (a folder of Parquet or Arrow; extra `hf`).
       path: a file, a folder (`dataset`) or a glob; empty for `stdlib`.
       eval_path: held-out documents; empty holds out about 5% of `path`'s, chosen by their names.
       tokenizer: `bytes`, `bpe` (trained on the training documents, of `config.model.vocab_size`
@@ -51,7 +51,8 @@ class DataConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"config.data.{name} = {getattr(self, name)!r}: choose one of {', '.join(allowed)}"
+                    f"config.data.{name} = {getattr(self, name)!r}: choose one of "
+                    f"{', '.join(allowed)}"
                 )
         for name in ("path", "eval_path", "tokenizer", "end_token", "text_field", "cache"):
             if not isinstance(getattr(self, name), str):
@@ -70,17 +71,19 @@ class DataConfig:
             for name in ("path", "eval_path"):
                 if getattr(self, name):
                     raise ValueError(
-                        f"config.data.{name} = {getattr(self, name)!r}: config.data.source = 'stdlib' "
-                        f"reads no path; leave it empty, or choose source text, jsonl, tokens or dataset"
+                        f"config.data.{name} = {getattr(self, name)!r}: config.data.source = "
+                        "'stdlib' reads no path; leave it empty, or choose source text, jsonl, "
+                        "tokens or dataset"
                     )
         elif not self.path:
             raise ValueError(
-                f"config.data.path = '': config.data.source = '{self.source}' needs a file or a glob"
+                f"config.data.path = '': config.data.source = '{self.source}' needs a file or a "
+                "glob"
             )
         if self.source == "tokens" and self.tokenizer == "bpe":
             raise ValueError(
-                "config.data.tokenizer = 'bpe': no BPE can be trained on config.data.source = 'tokens'; "
-                "give bytes or the path of the tokenizer.json that made them"
+                "config.data.tokenizer = 'bpe': no BPE can be trained on config.data.source = "
+                "'tokens'; give bytes or the path of the tokenizer.json that made them"
             )
         self._check_buckets()
 
@@ -100,6 +103,6 @@ class DataConfig:
         )
         if not rising or self.buckets[-1] != self.sequence_length:
             raise ValueError(
-                f"config.data.buckets = {self.buckets}: give row lengths in rising order, the last one "
-                f"config.data.sequence_length = {self.sequence_length}"
+                f"config.data.buckets = {self.buckets}: give row lengths in rising order, the "
+                f"last one config.data.sequence_length = {self.sequence_length}"
             )

@@ -150,9 +150,9 @@ def _open_tokens(
         largest = json.loads((folders[-1] / "meta.json").read_text())["largest"]
         if largest >= vocab_size:
             raise ValueError(
-                f"config.data.{key} = '{getattr(config, key)}': '{file}' holds token {largest}, but "
-                f"config.model.vocab_size = {vocab_size}; raise it, or check config.data.token_dtype = "
-                f"'{config.token_dtype}' and config.data.tokenizer"
+                f"config.data.{key} = '{getattr(config, key)}': '{file}' holds token {largest}, "
+                f"but config.model.vocab_size = {vocab_size}; raise it, or check "
+                f"config.data.token_dtype = '{config.token_dtype}' and config.data.tokenizer"
             )
     lengths = [np.load(folder / "lengths.npy") for folder in folders]
     if config.eval_path:
@@ -189,7 +189,8 @@ def _map_tokens(config: DataConfig, key: str, file: Path) -> np.ndarray:
             raise ValueError(f"{shown} is not a whole .npy file ({error})") from None
         if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
             raise ValueError(
-                f"{shown} holds {tokens.dtype} {list(tokens.shape)}; give uint16 or uint32 of one dim"
+                f"{shown} holds {tokens.dtype} {list(tokens.shape)}; give uint16 or uint32 of one "
+                "dim"
             )
         return tokens
     size, item = file.stat().st_size, np.dtype(config.token_dtype).itemsize

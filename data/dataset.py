@@ -29,7 +29,7 @@ class Summary:
       held_out_tokens: their tokens.
       rows: rows of an epoch.
       padding_waste: fraction of an epoch's positions that is padding.
-      fingerprint: a hash of all tokens and of what is held out. A run resumed on other data has another.
+      fingerprint: a hash of all tokens and of what is held out; other data have another.
     """
 
     source: str
@@ -44,9 +44,10 @@ class Summary:
 
     def __str__(self) -> str:
         return (
-            f"data: {self.source} as {self.tokenizer}, {self.documents:,} documents of {self.tokens:,} "
-            f"tokens, {self.held_out_documents:,} of {self.held_out_tokens:,} held out; {self.rows:,} "
-            f"rows an epoch, {self.padding_waste:.1%} of them padding; {self.fingerprint[:12]}"
+            f"data: {self.source} as {self.tokenizer}, {self.documents:,} documents of "
+            f"{self.tokens:,} tokens, {self.held_out_documents:,} of {self.held_out_tokens:,} "
+            f"held out; {self.rows:,} rows an epoch, {self.padding_waste:.1%} of them padding; "
+            f"{self.fingerprint[:12]}"
         )
 
 
@@ -144,8 +145,8 @@ def open_data(config: DataConfig, vocab_size: int, workdir: str | Path, *, seed:
     ):
         if not plan_rows:
             raise ValueError(
-                f"config.data.path = '{config.path}': too little text, nothing is left to {name}; give "
-                f"more documents"
+                f"config.data.path = '{config.path}': too little text, nothing is left to {name}; "
+                "give more documents"
             )
     summary = Summary(
         source=f"{config.source} {config.path}".strip(),

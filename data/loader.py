@@ -173,8 +173,8 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> np.
     """
     if batch_size % process_count:
         raise ValueError(
-            f"config.data.batch_size = {batch_size} does not divide by the {process_count} processes; "
-            f"choose a multiple of {process_count}"
+            f"config.data.batch_size = {batch_size} does not divide by the {process_count} "
+            f"processes; choose a multiple of {process_count}"
         )
     size = batch_size // process_count
     return np.arange(process_index * size, (process_index + 1) * size)

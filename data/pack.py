@@ -118,7 +118,7 @@ def cut(starts: np.ndarray, lengths: np.ndarray, length: int) -> tuple[np.ndarra
 
 
 def best_fit(count: np.ndarray, length: int) -> np.ndarray:
-    """The row of each piece, int64 [pieces]: longest piece first, into the fullest row that holds it.
+    """The row of each piece, int64 [pieces]: longest first, into the fullest row that holds it.
 
     Pieces of one size and rows of one free space are moved together, so the time grows with the
     number of sizes and not of pieces. Source: Krell et al. 2021, https://arxiv.org/abs/2107.02027

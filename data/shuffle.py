@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-ROUNDS = 6  # three suffice for a pseudorandom permutation (Luby and Rackoff 1988), small domains want more
+ROUNDS = 4  # of a Feistel network: Luby and Rackoff 1988, https://doi.org/10.1137/0217022
 
 
 def hash64(x: np.ndarray) -> np.ndarray:
@@ -33,15 +33,15 @@ def shuffled(index: np.ndarray, size: int, *key: np.ndarray | int) -> np.ndarray
     secret = np.zeros_like(index)
     for part in key:
         secret = hash64(secret ^ np.asarray(part).astype(np.uint64))
+    secrets = hash64(secret ^ np.arange(ROUNDS, dtype=np.uint64)[:, None])  # [ROUNDS, n]
 
-    def permute(x: np.ndarray, secret: np.ndarray) -> np.ndarray:
+    def permute(x: np.ndarray, secrets: np.ndarray) -> np.ndarray:
         left, right = x >> half, x & mask
-        for round_ in range(ROUNDS):
-            mixed = hash64(hash64(secret ^ np.uint64(round_)) ^ right)
-            left, right = right, left ^ (mixed & mask)
+        for secret in secrets:
+            left, right = right, left ^ (hash64(secret ^ right) & mask)
         return (left << half) | right
 
-    result = permute(index, secret)
+    result = permute(index, secrets)
     while (outside := result >= np.uint64(size)).any():
-        result[outside] = permute(result[outside], secret[outside])
+        result[outside] = permute(result[outside], secrets[:, outside])
     return result.astype(np.int64)

@@ -72,8 +72,8 @@ def stdlib_files() -> tuple[Path, list[Path], str]:
     files.sort(key=lambda file: file.relative_to(root).as_posix())
     if not files:
         raise ValueError(
-            f"config.data.source = 'stdlib': '{root}' holds no .py files; use a CPython that has its "
-            f"library's source, or config.data.source = 'text' with config.data.path"
+            f"config.data.source = 'stdlib': '{root}' holds no .py files; use a CPython that has "
+            "its library's source, or config.data.source = 'text' with config.data.path"
         )
     listing = "".join(
         f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n" for file in files
@@ -82,8 +82,8 @@ def stdlib_files() -> tuple[Path, list[Path], str]:
     version = platform.python_version()
     if STDLIB_PINNED.get(version) != digest:
         log.warning(
-            "the standard library of Python %s (%d files, sha256 %s) is not one of those pinned (%s): "
-            "runs on it compare only with runs on the same",
+            "the standard library of Python %s (%d files, sha256 %s) is not one of those pinned "
+            "(%s): runs on it compare only with runs on the same",
             version, len(files), digest[:12], ", ".join(STDLIB_PINNED),
         )  # fmt: skip
     return root, files, digest
@@ -235,13 +235,13 @@ def _field(config: DataConfig, row: object, where: str) -> str:
     if not isinstance(row, dict) or field not in row:
         there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise ValueError(
-            f"{where}: no field config.data.text_field = '{field}' in it, only {there or 'nothing'}; "
-            f"name the field that holds the text"
+            f"{where}: no field config.data.text_field = '{field}' in it, only "
+            f"{there or 'nothing'}; name the field that holds the text"
         )
     if not isinstance(row[field], str):
         raise ValueError(
-            f"{where}: field config.data.text_field = '{field}' holds a {type(row[field]).__name__}; "
-            f"name a field that holds text"
+            f"{where}: field config.data.text_field = '{field}' holds a "
+            f"{type(row[field]).__name__}; name a field that holds text"
         )
     return row[field]
 

@@ -102,8 +102,8 @@ class JsonTokenizer:
         found = [name for name in names if name in self.vocab]
         if not found:
             raise ValueError(
-                f"config.data.end_token = {end_token!r}: '{path}' has no token {' or '.join(names)}; "
-                f"name the token of it that ends a document"
+                f"config.data.end_token = {end_token!r}: '{path}' has no token "
+                f"{' or '.join(names)}; name the token of it that ends a document"
             )
         self.end_id = self.vocab[found[0]]
         self.fingerprint = hashlib.sha256(content + found[0].encode()).hexdigest()
@@ -186,8 +186,8 @@ def open_tokenizer(
     elif config.tokenizer == "bpe":
         if vocab_size < 257:
             raise ValueError(
-                f"config.model.vocab_size = {vocab_size}: config.data.tokenizer = 'bpe' has a token for "
-                f"each byte and one for the end of a document; give at least 257"
+                f"config.model.vocab_size = {vocab_size}: config.data.tokenizer = 'bpe' has a "
+                "token for each byte and one for the end of a document; give at least 257"
             )
         path = workdir / "tokenizer.json"
         with locked(path):
@@ -200,8 +200,8 @@ def open_tokenizer(
         tokenizer = JsonTokenizer(path, end_token=config.end_token)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"config.data.tokenizer = '{config.tokenizer}' has {tokenizer.vocab_size} tokens, more than "
-            f"config.model.vocab_size = {vocab_size}; raise config.model.vocab_size to at least "
-            f"{tokenizer.vocab_size}, or choose another tokenizer"
+            f"config.data.tokenizer = '{config.tokenizer}' has {tokenizer.vocab_size} tokens, "
+            f"more than config.model.vocab_size = {vocab_size}; raise config.model.vocab_size to "
+            f"at least {tokenizer.vocab_size}, or choose another tokenizer"
         )
     return tokenizer
