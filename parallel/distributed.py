@@ -46,15 +46,19 @@ def start(
         If fewer processes come than were announced, those that came exit with a message: JAX
         aborts the process in that case, and nothing can be raised.
     """
-    flags = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    if all(value is None for value in flags.values()):
-        flags, source = _from_kubernetes(), "Kubernetes"
-        if flags is None:
-            _start_found(timeout)
-            return
+    given: dict[str, Any] = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    if any(value is not None for value in given.values()):
+        _check_complete(given)
+        flags, source = given, "flags"
+    elif (found := _from_kubernetes()) is not None:
+        flags, source = found, "Kubernetes"
     else:
-        _check_given(flags)
-        source = "flags"
+        _start_found(timeout)
+        return
     host, port = _check(flags)
     if flags["num_processes"] == 1:
         return
@@ -72,7 +76,7 @@ def start(
     log.info("process %d of %d, found by %s", jax.process_index(), jax.process_count(), source)
 
 
-def _check_given(flags: dict[str, Any]) -> None:
+def _check_complete(flags: dict[str, Any]) -> None:
     missing = [name for name, value in flags.items() if value is None]
     if missing:
         given = ", ".join(f"--{name}={value}" for name, value in flags.items() if value is not None)
