@@ -102,7 +102,10 @@ class Decoder(nnx.Module):
 
 def take(table_VD: jax.Array, index_BT: jax.Array, rules: Rules) -> jax.Array:
     """Rows of a table, in the residual stream's layout."""
-    return table_VD.at[index_BT].get(out_sharding=rules.spec(RESIDUAL))
+    # Looked up for the whole sequence first: with vocabulary and sequence divided over one axis XLA
+    # would gather the batch instead.
+    rows_BTD = table_VD.at[index_BT].get(out_sharding=rules.spec("batch seq act_embed"))
+    return jax.reshard(rows_BTD, rules.spec(RESIDUAL))
 
 
 def logical_axes(abstract: nnx.State) -> Any:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from models.config import DecoderConfig
 from models.layers import ACTIVATIONS, broadcast_to_rank, constant, gathered, normal, residual_std, weight
-from parallel.einsum import einsum
+from parallel.einsum import einsum, einsums
 from parallel.remat import tag
 from parallel.rules import Rules
 
@@ -32,20 +32,15 @@ class FeedForward(nnx.Module):
         self.down_bias = weight(rngs, (D,), "norm", rules, zeros) if config.mlp_bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        act, residual = (
-            self.rules.spec("batch seq act_mlp"),
-            self.rules.spec("batch residual_seq act_embed"),
-        )
-        up = einsum("btd,df->btf", x_BTD, self.up.get_value(), act)
+        act = self.rules.spec("batch seq act_mlp")
+        residual = self.rules.spec("batch residual_seq act_embed")
+        weights = [w.get_value() for w in (self.up, self.gate) if w is not None]
+        up, *gate = einsums("btd,df->btf", x_BTD, weights, [act] * len(weights))
         if self.up_bias is not None:
             up = up + broadcast_to_rank(gathered(self.up_bias, self.rules), 3)
         up = tag(up, "mlp_up")
         nonlinearity = ACTIVATIONS[self.activation]
-        if self.gate is None:
-            h_BTF = nonlinearity(up)
-        else:
-            gate = tag(einsum("btd,df->btf", x_BTD, self.gate.get_value(), act), "mlp_gate")
-            h_BTF = nonlinearity(gate) * up
+        h_BTF = nonlinearity(tag(gate[0], "mlp_gate")) * up if gate else nonlinearity(up)
         h_BTF = tag(h_BTF, "mlp_act")
         y_BTD = einsum("btf,fd->btd", h_BTF, self.down.get_value(), residual)
         if self.down_bias is not None:

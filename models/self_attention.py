@@ -23,7 +23,7 @@ from models.layers import (
 )
 from models.masks import Mask, MaskArrays
 from models.positions import RopeConfig, rotate
-from parallel.einsum import einsum
+from parallel.einsum import einsum, einsums
 from parallel.remat import tag
 from parallel.rules import Rules
 
@@ -79,13 +79,18 @@ class SelfAttention(nnx.Module):
         heads = rules.spec("batch seq act_heads head_dim")
         kv_heads = rules.spec("batch seq act_kv_heads head_dim")
 
-        def project(w: nnx.Param, bias: nnx.Param | None, spec: jax.sharding.PartitionSpec) -> jax.Array:
-            y = einsum("btd,dnh->btnh", x_BTD, w.get_value(), spec)
+        q_BTNH, k_BTKH, v_BTKH = einsums(
+            "btd,dnh->btnh",
+            x_BTD,
+            [w.get_value() for w in (self.query, self.key, self.value)],
+            [heads, kv_heads, kv_heads],
+        )
+
+        def biased(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
             return y if bias is None else y + broadcast_to_rank(gathered(bias, rules), 4)
 
-        q_BTNH = project(self.query, self.query_bias, heads)
-        k_BTKH = project(self.key, self.key_bias, kv_heads)
-        v_BTKH = project(self.value, self.value_bias, kv_heads)
+        q_BTNH = biased(q_BTNH, self.query_bias)
+        k_BTKH, v_BTKH = biased(k_BTKH, self.key_bias), biased(v_BTKH, self.value_bias)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if config.positions == "rope":

@@ -1,0 +1,129 @@
+"""A config made typed and checked as a whole: what every command line builds first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ml_collections import ConfigDict
+
+from config_types import build
+from data.loader import DataConfig
+from models.config import DecoderConfig
+from parallel.mesh import MeshConfig
+from parallel.precision import PrecisionConfig
+from parallel.remat import RematConfig
+from parallel.rules import ParallelConfig, Rules, make_rules
+from training.checkpoint import CheckpointConfig
+from training.evaluation import EvalConfig
+from training.losses import LossConfig
+from training.metrics import LoggingConfig
+from training.objectives import causal_lm
+from training.optim import OptimizerConfig
+from training.state import Model
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop (`config.train`).
+
+    Attributes:
+      steps: steps in all; a run that is continued goes on up to it.
+      log_every: steps between two rows of metrics.
+      grad_accumulation: micro-steps that a step's batch is divided into.
+      max_skipped: updates skipped in a row, their gradient not finite, before giving up.
+    """
+
+    steps: int
+    log_every: int = 10
+    grad_accumulation: int = 1
+    max_skipped: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "grad_accumulation", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config.train.{name} = {getattr(self, name)}: at least 1")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All sections of a config; `mesh` is resolved for the devices."""
+
+    seed: int
+    model: DecoderConfig
+    mesh: MeshConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    remat: RematConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    loss: LossConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    eval: EvalConfig
+    logging: LoggingConfig
+
+    def rules(self) -> Rules:
+        """The layout, every divided dim checked."""
+        batch, micro = self.data.batch_size, self.train.grad_accumulation
+        if batch % micro:
+            raise ValueError(
+                f"config.data.batch_size = {batch} does not divide by config.train.grad_accumulation = "
+                f"{micro}; choose a multiple of {micro}"
+            )
+        key = "config.data.batch_size" + (f" / config.train.grad_accumulation = {batch} / {micro}" if micro > 1 else "")
+        dims = self.model.dims() | {
+            "batch": (batch // micro, key),
+            "residual_seq": (self.data.sequence_length, "config.data.sequence_length"),
+        }
+        return make_rules(self.parallel, self.mesh.sizes(), dims)
+
+    def build_model(self) -> Model:
+        """The model as pure functions under this layout; call it inside `jax.set_mesh`."""
+        return causal_lm(self.model, self.loss, self.rules(), self.remat)
+
+    def describe_layout(self) -> str:
+        """One line: the mesh and what divides what."""
+        sizes = " x ".join(f"{axis} {n}" for axis, n in self.mesh.sizes().items() if n > 1)
+        parts = [f"mesh {sizes or 'of one device'}"]
+        if self.mesh.fsdp > 1:
+            parts.append(f"zero {self.parallel.zero}")
+        if self.parallel.sequence:
+            idle = "" if self.mesh.tensor > 1 else " (no effect: config.mesh.tensor is 1)"
+            parts.append(f"sequence parallel{idle}")
+        parts.append(f"remat {self.remat.policy}")
+        precision = self.precision
+        same = precision.params == precision.compute
+        parts.append(precision.compute if same else f"{precision.params}/{precision.compute}")
+        return ", ".join(parts)
+
+
+def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
+    """The typed config.
+
+    Raises:
+      ValueError: naming the key, its value and what would be right.
+    """
+    if config.seed < 0:
+        raise ValueError(f"config.seed = {config.seed}: 0 or more")
+    experiment = Experiment(
+        seed=config.seed,
+        model=build(DecoderConfig, config.model, "config.model"),
+        mesh=build(MeshConfig, config.mesh, "config.mesh").resolve(device_count),
+        parallel=build(ParallelConfig, config.parallel, "config.parallel"),
+        precision=build(PrecisionConfig, config.precision, "config.precision"),
+        remat=build(RematConfig, config.remat, "config.remat"),
+        data=build(DataConfig, config.data, "config.data"),
+        optimizer=build(OptimizerConfig, config.optimizer, "config.optimizer"),
+        loss=build(LossConfig, config.loss, "config.loss"),
+        train=build(TrainConfig, config.train, "config.train"),
+        checkpoint=build(CheckpointConfig, config.checkpoint, "config.checkpoint"),
+        eval=build(EvalConfig, config.eval, "config.eval"),
+        logging=build(LoggingConfig, config.logging, "config.logging"),
+    )
+    length, longest = experiment.data.sequence_length, experiment.model.max_length
+    if length > longest:
+        raise ValueError(
+            f"config.data.sequence_length = {length} is longer than config.model.max_length = {longest}"
+        )
+    experiment.rules()
+    return experiment

@@ -1,0 +1,93 @@
+"""A decoder small enough to compile in seconds, and a packed batch for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from models.config import DecoderConfig
+from parallel.mesh import MeshConfig, make_mesh
+from parallel.remat import RematConfig
+from parallel.rules import ParallelConfig, make_rules
+from training.losses import LossConfig
+from training.objectives import causal_lm
+from training.state import Model
+
+B, T = 8, 16
+
+DECODER = DecoderConfig(
+    vocab_size=250,  # padded to 256
+    layers=3,
+    embed_dim=32,
+    mlp_dim=64,
+    heads=8,
+    kv_heads=2,  # replicated where tensor is 4 or 8
+    head_dim=8,
+    dropout=0.1,
+    qkv_bias=True,
+    mlp_bias=True,
+    attention_out_bias=True,
+    qk_norm=True,
+    attention="xla",
+    init_std=0.1,  # gradients of the first step are far from rounding noise
+)
+
+
+def numpy_batch(seed: int = 0, rows: int = B, length: int = T) -> dict[str, np.ndarray]:
+    """Rows of two documents and some padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, DECODER.vocab_size, (rows, length + 1))
+    cut = rng.integers(2, length - 2, (rows, 1))
+    end = rng.integers(length - 2, length + 1, (rows, 1))
+    index = np.arange(length)[None]
+    segments = np.where(index < cut, 1, 2) * (index < end)
+    positions = np.where(index < cut, index, index - cut)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+    batch |= {"segments": segments, "positions": positions}
+    return {name: np.ascontiguousarray(array, np.int32) for name, array in batch.items()}
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A model and batches on one layout."""
+
+    model: Model
+    mesh: jax.sharding.Mesh
+
+    def batch(self, seed: int = 0, **shape: int) -> dict[str, jax.Array]:
+        sharding = NamedSharding(self.mesh, self.model.rules.spec("batch seq"))
+        return {k: jax.device_put(v, sharding) for k, v in numpy_batch(seed, **shape).items()}
+
+
+@contextmanager
+def layout(
+    *,
+    zero: int = 0,
+    sequence: bool = False,
+    remat: str | RematConfig = "none",
+    config: DecoderConfig = DECODER,
+    rows: int = B,
+    length: int = T,
+    chunk: int = 16,
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    **changes: object,
+) -> Iterator[Laid]:
+    """The model of `config` with `changes`, on the first devices, inside `jax.set_mesh`."""
+    config = replace(config, **changes)  # type: ignore[arg-type]
+    sizes = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    dims = config.dims() | {
+        "batch": (rows, "config.data.batch_size"),
+        "residual_seq": (length, "config.data.sequence_length"),
+    }
+    policy = RematConfig(policy=remat) if isinstance(remat, str) else remat
+    mesh = make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+    with jax.set_mesh(mesh):
+        rules = make_rules(ParallelConfig(zero=zero, sequence=sequence), sizes.sizes(), dims)
+        yield Laid(causal_lm(config, LossConfig(chunk=chunk), rules, policy), mesh)
