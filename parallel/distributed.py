@@ -63,7 +63,9 @@ def start(
     if flags["num_processes"] == 1:
         return
     address = flags["coordinator"]
-    if flags["process_id"] != 0:
+    if flags["process_id"] == 0:
+        _check_free(port)
+    else:
         _reach(host, port, timeout)
     _initialize(
         f"--coordinator={address}",
@@ -150,6 +152,19 @@ def _on_tpu() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
+def _check_free(port: int) -> None:
+    """Looks before JAX does: where the port is taken, it sometimes crashes."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise ValueError(
+            f"--coordinator: port {port} cannot be used on this host ({error.strerror}); choose "
+            f"another, the same for all processes"
+        ) from error
+
+
 def _reach(host: str, port: int, timeout: int) -> None:
     """Waits until process 0 listens."""
     end = time.monotonic() + timeout
@@ -167,7 +182,7 @@ def _reach(host: str, port: int, timeout: int) -> None:
 
 
 def _initialize(where: str, timeout: int, **keywords: Any) -> None:
-    """`jax.distributed.initialize`, with words for what goes wrong."""
+    """`jax.distributed.initialize`, with words for when it would wait in vain."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
     def give_up() -> None:
@@ -184,9 +199,5 @@ def _initialize(where: str, timeout: int, **keywords: Any) -> None:
     timer.start()
     try:
         jax.distributed.initialize(initialization_timeout=timeout + 60, **keywords)
-    except RuntimeError as error:
-        if "Failed to start RPC server" not in str(error):
-            raise
-        raise ValueError(f"{where}: the port is taken on this host; choose another") from error
     finally:
         timer.cancel()
