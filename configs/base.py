@@ -110,7 +110,7 @@ def get_config() -> ConfigDict:
     optimizer.schedule = "cosine"  # cosine | wsd | constant
     optimizer.final_fraction = 0.1  # of learning_rate at the last step
     optimizer.decay_fraction = 0.2  # wsd: of the steps, at the end, in which it falls
-    optimizer.weight_decay = 0.1  # of matrices; gains, biases and embeddings do not decay
+    optimizer.weight_decay = 0.1  # of matrices and tables; gains and biases do not decay
     optimizer.b1 = 0.9
     optimizer.b2 = 0.95
     optimizer.eps = 1e-8
