@@ -8,14 +8,15 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from models.blocked_attention import BLOCK, blocked_attention
 from models.masks import Mask, MaskArrays, visible
+from models.xla_attention import Core, xla_attention
 from parallel.rules import Rules
 
-IMPLEMENTATIONS = ("auto", "xla")
-HIDDEN = -1e30  # a hidden score: finite, so that a row that sees nothing gives 0 and not NaN
+IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn")
+LONGEST_BIAS = 8192  # longer rows with a mask that cuDNN takes as a bias go to the blocked form
 
 
 def attention(
@@ -31,6 +32,7 @@ def attention(
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
+    block: int = BLOCK,
 ) -> Array:
     """Attention with grouped K/V heads (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762;
     Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
@@ -45,31 +47,116 @@ def attention(
       mask: which keys are seen.
       arrays: the segments and prefix lengths that the mask asks for.
       rules: the layout.
-      implementation: `xla` keeps the probabilities, quadratic in T.
+      implementation: `xla` keeps the probabilities, quadratic in T. `blocked` skips blocks that the
+        mask hides statically and keeps nothing quadratic. `cudnn` is the flash attention of cuDNN: on
+        GPU, bfloat16 or float16, no softcap and no dropout; causality and causal windows are its own,
+        while documents, prefixes and two-sided windows reach it as a bias [B, 1, T, S] in the compute
+        dtype. `auto` is xla up to one block, else cudnn where it can and the bias is no longer than
+        `LONGEST_BIAS`, else blocked (which is faster than xla on CPU: `benchmarks/attention.py`).
       scale: of the scores; default 1 / sqrt(H).
       softcap: scores are `softcap * tanh(score / softcap)` (Gemma Team 2024,
         https://arxiv.org/abs/2408.00118); None for none.
       dropout_rate: share of the probabilities that are dropped.
       dropout_key: needed where the rate is not 0; equal keys drop equally on every mesh.
+      block: queries and keys in a block of the blocked form.
 
     Returns:
       o_BTNH, sharded as q.
 
     Raises:
-      ValueError: an implementation that does not exist.
+      ValueError: an implementation that does not exist, or cudnn where it cannot run.
     """
+    assert dropout_rate == 0.0 or dropout_key is not None
+    scale = 1 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
+    core = Core(mask, scale, softcap, dropout_rate)
+    spec = rules.spec("batch seq act_heads head_dim")
+    q_BTKGH, k_BSKH, v_BSKH = _group_heads(q_BTNH, k_BSKH, v_BSKH, rules)
+    form = _choose(implementation, q_BTNH, k_BSKH, core)
+    if form == "cudnn":
+        return _cudnn(q_BTNH, k_BSKH, v_BSKH, arrays, core, spec)
+    if form == "blocked":
+        block = min(block, max(q_BTNH.shape[1], k_BSKH.shape[1]))
+        o_BTKGH = blocked_attention(q_BTKGH, k_BSKH, v_BSKH, arrays, dropout_key, core, block)
+    else:
+        o_BTKGH = xla_attention(q_BTKGH, k_BSKH, v_BSKH, arrays, dropout_key, core)
+    return jnp.reshape(o_BTKGH, q_BTNH.shape, out_sharding=spec)
+
+
+def _choose(implementation: str, q_BTNH: Array, k_BSKH: Array, core: Core) -> str:
+    """The form that runs; checks one that was asked for."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"config.model.attention = {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}"
         )
-    assert (dropout_rate == 0.0) or dropout_key is not None
-    scale = 1 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
-    q_BTKGH, k_BSKH, v_BSKH = _group_heads(q_BTNH, k_BSKH, v_BSKH, rules)
-    o_BTKGH = _xla(
-        q_BTKGH, k_BSKH, v_BSKH, mask, arrays, scale, softcap, dropout_rate, dropout_key, rules
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    if implementation == "cudnn" and (reason := _not_for_cudnn(q_BTNH, k_BSKH, core)):
+        raise ValueError(f"config.model.attention = 'cudnn': {reason}; choose auto, xla or blocked")
+    if implementation != "auto":
+        return implementation
+    if max(T, S) <= BLOCK:  # one block: nothing to skip, and the probabilities are few
+        return "xla"
+    biased = not _in_kernel(core.mask)
+    if biased and max(T, S) > LONGEST_BIAS or _not_for_cudnn(q_BTNH, k_BSKH, core):
+        return "blocked"
+    return "cudnn"
+
+
+def _not_for_cudnn(q_BTNH: Array, k_BSKH: Array, core: Core) -> str | None:
+    """Why cuDNN cannot compute this, or None where it can."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if platform not in ("gpu", "cuda"):
+        return f"cuDNN runs on NVIDIA GPUs and this mesh is of {platform}"
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN wants config.precision.compute bfloat16 or float16, not {q_BTNH.dtype}"
+    if core.softcap is not None:
+        return f"cuDNN has no soft-capping (softcap {core.softcap})"
+    if core.dropout_rate != 0.0:
+        return f"dropout of attention (rate {core.dropout_rate}) is not built for cuDNN"
+    # JAX knows what this cuDNN and this GPU can do: ask it, on shapes alone.
+    q, k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BTNH, k_BSKH))
+    try:
+        jax.eval_shape(
+            functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, k
+        )
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return f"JAX says {error}".rstrip(".")
+    return None
+
+
+def _in_kernel(mask: Mask) -> bool:
+    """cuDNN computes this mask itself; others are handed to it as a bias."""
+    return not (mask.prefix or mask.segments) and (mask.causal or mask.window is None)
+
+
+def _cudnn(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, arrays: MaskArrays, core: Core, spec: P
+) -> Array:
+    mask, T, S = core.mask, q_BTNH.shape[1], k_BSKH.shape[1]
+    window = (mask.window - 1, 0) if mask.window and _in_kernel(mask) else None
+    seen = None if _in_kernel(mask) else visible(mask, jnp.arange(T), jnp.arange(S), arrays)
+
+    def island(q: Array, k: Array, v: Array, seen: Array | None) -> Array:
+        o_BTNH = jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=seen,
+            scale=core.scale,
+            is_causal=mask.causal and not mask.prefix,
+            local_window_size=window,
+            implementation="cudnn",
+        )
+        if seen is None:
+            return o_BTNH
+        # cuDNN spreads a row that sees nothing over all keys: make it 0, as the other forms do.
+        any_BT11 = jnp.any(seen, axis=(1, 3))[:, :, None, None]
+        return jnp.where(any_BT11, o_BTNH, jnp.zeros_like(o_BTNH))
+
+    axes = jax.sharding.get_abstract_mesh().explicit_axes
+    return jax.sharding.auto_axes(island, axes=axes, out_sharding=spec)(
+        q_BTNH, k_BSKH, v_BSKH, seen
     )
-    spec = rules.spec("batch seq act_heads head_dim")
-    return jnp.reshape(o_BTKGH, q_BTNH.shape, out_sharding=spec)
 
 
 def _group_heads(
@@ -96,77 +183,3 @@ def _repeat_heads(x_BSKH: Array, repeats: int) -> Array:
     B, S, K, H = x_BSKH.shape
     x = jnp.broadcast_to(x_BSKH[:, :, :, None, :], (B, S, K, repeats, H))
     return jnp.reshape(x, (B, S, K * repeats, H))
-
-
-def _xla(
-    q_BTKGH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    mask: Mask,
-    arrays: MaskArrays,
-    scale: float,
-    softcap: float | None,
-    dropout_rate: float,
-    dropout_key: Array | None,
-    rules: Rules,
-) -> Array:
-    T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
-    seen = None if mask.sees_all else visible(mask, jnp.arange(T), jnp.arange(S), arrays)
-    p_BKGTS = _probabilities(q_BTKGH, k_BSKH, seen, scale, softcap)
-    if dropout_rate > 0.0:
-        assert dropout_key is not None
-        batch, seq, heads, _ = rules.spec("batch seq act_heads head_dim")
-        keep = jax.random.bernoulli(
-            dropout_key,
-            1.0 - dropout_rate,
-            p_BKGTS.shape,
-            out_sharding=P(batch, heads, None, seq, None),
-        )
-        p_BKGTS = jnp.where(keep, p_BKGTS / (1.0 - dropout_rate), 0.0)
-    return jnp.einsum("bkgts,bskh->btkgh", p_BKGTS, v_BSKH)
-
-
-def scores(q_BTKGH: Array, k_BSKH: Array, scale: float, softcap: float | None) -> Array:
-    """The scaled, capped scores in float32, [B, K, G, T, S]."""
-    s = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    s = s * scale
-    return s if softcap is None else softcap * jnp.tanh(s / softcap)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _probabilities(
-    q_BTKGH: Array, k_BSKH: Array, seen: Array | None, scale: float, softcap: float | None
-) -> Array:
-    """softmax(scores) in the dtype of q.
-
-    The gradient is written out so that the quadratic residual is the probabilities alone, in the
-    compute dtype and under their name, and so that its matrix products are in the compute dtype too.
-    """
-    s_BKGTS = scores(q_BTKGH, k_BSKH, scale, softcap)
-    if seen is not None:
-        s_BKGTS = jnp.where(seen[:, :, None], s_BKGTS, HIDDEN)
-    # Half of HIDDEN as the least maximum: where nothing is seen, exp(HIDDEN - maximum) is 0.
-    top = jnp.maximum(jnp.max(s_BKGTS, -1, keepdims=True), HIDDEN / 2)
-    e_BKGTS = jnp.exp(s_BKGTS - top)
-    total = jnp.maximum(jnp.sum(e_BKGTS, -1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    return checkpoint_name((e_BKGTS / total).astype(q_BTKGH.dtype), "attention_probs")
-
-
-def _probabilities_forward(q_BTKGH, k_BSKH, seen, scale, softcap):
-    p_BKGTS = _probabilities(q_BTKGH, k_BSKH, seen, scale, softcap)
-    return p_BKGTS, (q_BTKGH, k_BSKH, p_BKGTS)
-
-
-def _probabilities_backward(scale, softcap, residuals, dp_BKGTS):
-    q_BTKGH, k_BSKH, p_BKGTS = residuals
-    p, dp = p_BKGTS.astype(jnp.float32), dp_BKGTS.astype(jnp.float32)
-    ds = p * (dp - jnp.sum(p * dp, -1, keepdims=True))
-    if softcap is not None:  # d/ds of softcap * tanh(s / softcap)
-        ds = ds * (1.0 - jnp.square(scores(q_BTKGH, k_BSKH, scale, softcap) / softcap))
-    ds = (ds * scale).astype(q_BTKGH.dtype)
-    dq_BTKGH = jnp.einsum("bkgts,bskh->btkgh", ds, k_BSKH)
-    dk_BSKH = jnp.einsum("bkgts,btkgh->bskh", ds, q_BTKGH)
-    return dq_BTKGH, dk_BSKH, None
-
-
-_probabilities.defvjp(_probabilities_forward, _probabilities_backward)

@@ -1,0 +1,109 @@
+"""Attention as two matrix products and a softmax; the gradient reads the probabilities."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from models.masks import Mask, MaskArrays, visible
+
+HIDDEN = -1e30  # a hidden score: finite, so that a row that sees nothing gives 0 and not NaN
+LOWEST = HIDDEN / 2  # the least maximum of a row: exp(HIDDEN - LOWEST) is 0
+TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+@dataclass(frozen=True)
+class Core:
+    """What one attention computes, statically; see `models.attention.attention` for the fields."""
+
+    mask: Mask
+    scale: float
+    softcap: float | None
+    dropout_rate: float
+
+    def scores(self, q_BKGTH: Array, k_BKSH: Array) -> Array:
+        """The scaled and capped scores in float32, [B, K, G, T, S]."""
+        s = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+        s = s * self.scale
+        return s if self.softcap is None else self.softcap * jnp.tanh(s / self.softcap)
+
+    def through_scores(self, ds: Array, s: Array) -> Array:
+        """The gradient of `q . k`, from that of the capped scores `s` (hidden ones have ds = 0)."""
+        if self.softcap is not None:  # the derivative of softcap * tanh(x / softcap)
+            ds = ds * (1.0 - jnp.square(s / self.softcap))
+        return ds * self.scale
+
+    def drop(self, p: Array, key: Array | None) -> Array:
+        """Drops some of `p` and scales up the rest; linear, so it is its own transpose."""
+        if self.dropout_rate == 0.0:
+            return p
+        assert key is not None
+        # Drawn in the global view: the same mask on every mesh.
+        sharding = jax.typeof(p).sharding.spec
+        keep = jax.random.bernoulli(key, 1.0 - self.dropout_rate, p.shape, out_sharding=sharding)
+        return jnp.where(keep, p / (1.0 - self.dropout_rate), 0.0)
+
+
+def xla_attention(
+    q_BTKGH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    arrays: MaskArrays,
+    dropout_key: Array | None,
+    core: Core,
+) -> Array:
+    """o_BTKGH. The residuals are q, k, v and "attention_probs", in the dtype of q."""
+    q_BKGTH = jnp.transpose(q_BTKGH, (0, 2, 3, 1, 4))
+    k_BKSH, v_BKSH = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k_BSKH, v_BSKH))
+    seen = None
+    if not core.mask.sees_all:
+        q_index, k_index = jnp.arange(q_BKGTH.shape[3]), jnp.arange(k_BKSH.shape[2])
+        seen = visible(core.mask, q_index, k_index, arrays)
+    p_BKGTS = core.drop(_probabilities(q_BKGTH, k_BKSH, seen, core), dropout_key)
+    o_BKGTH = jnp.einsum("bkgts,bksh->bkgth", p_BKGTS, v_BKSH)
+    return jnp.transpose(o_BKGTH, (0, 3, 1, 2, 4))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _probabilities(q_BKGTH: Array, k_BKSH: Array, seen: Array | None, core: Core) -> Array:
+    """softmax(scores) in the dtype of q.
+
+    The gradient is written out so that its one quadratic residual is the probabilities, under their
+    name and in the compute dtype, and so that its matrix products are in the compute dtype too.
+    """
+    s_BKGTS = core.scores(q_BKGTH, k_BKSH)
+    if seen is not None:
+        s_BKGTS = jnp.where(seen[:, :, None], s_BKGTS, HIDDEN)
+    top = jnp.maximum(jnp.max(s_BKGTS, -1, keepdims=True), LOWEST)
+    e_BKGTS = jnp.exp(s_BKGTS - top)
+    total = jnp.maximum(jnp.sum(e_BKGTS, -1, keepdims=True), TINY)
+    return checkpoint_name((e_BKGTS / total).astype(q_BKGTH.dtype), "attention_probs")
+
+
+def _forward(
+    q_BKGTH: Array, k_BKSH: Array, seen: Array | None, core: Core
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    p_BKGTS = _probabilities(q_BKGTH, k_BKSH, seen, core)
+    return p_BKGTS, (q_BKGTH, k_BKSH, p_BKGTS)
+
+
+def _backward(
+    core: Core, residuals: tuple[Array, Array, Array], dp_BKGTS: Array
+) -> tuple[Array, Array, None]:
+    q_BKGTH, k_BKSH, p_BKGTS = residuals
+    p, dp = p_BKGTS.astype(jnp.float32), dp_BKGTS.astype(jnp.float32)
+    ds = p * (dp - jnp.sum(p * dp, -1, keepdims=True))
+    # The scores are computed again only where their cap's derivative asks for them.
+    s = ds if core.softcap is None else core.scores(q_BKGTH, k_BKSH)
+    ds = core.through_scores(ds, s).astype(q_BKGTH.dtype)
+    dq_BKGTH = jnp.einsum("bkgts,bksh->bkgth", ds, k_BKSH)
+    dk_BKSH = jnp.einsum("bkgts,bkgth->bksh", ds, q_BKGTH)
+    return dq_BKGTH, dk_BKSH, None
+
+
+_probabilities.defvjp(_forward, _backward)
