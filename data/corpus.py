@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,7 +202,7 @@ def _map_tokens(config: DataConfig, key: str, file: Path) -> np.ndarray:
     return np.memmap(file, dtype=config.token_dtype, mode="r")
 
 
-def _scanner(shard: np.ndarray, end_id: int):
+def _scanner(shard: np.ndarray, end_id: int) -> Callable[[Path], None]:
     """Finds the documents of a shard: each ends with `end_id`, the last one perhaps without."""
 
     def scan(folder: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from data.config import DataConfig
 from data.corpus import Corpus, open_corpus
@@ -81,7 +82,7 @@ class Data:
         process_index: int = 0,
         process_count: int = 1,
         *,
-        rows: Sequence[int] | None = None,
+        rows: np.ndarray | None = None,
     ) -> Loader:
         """Endless training batches from number `start_step` on.
 
@@ -102,7 +103,7 @@ class Data:
         process_index: int = 0,
         process_count: int = 1,
         *,
-        rows: Sequence[int] | None = None,
+        rows: np.ndarray | None = None,
     ) -> Loader:
         """The first `batches` batches of the held-out documents, the same ones every time.
 

@@ -43,6 +43,9 @@ def built_once(folder: Path, build: Callable[[Path], None]) -> Path:
                 partial = folder.with_name(folder.name + ".partial")
                 shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
                 partial.mkdir()
-                build(partial)
-                os.replace(partial, folder)
+                try:
+                    build(partial)
+                    os.replace(partial, folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -42,17 +42,17 @@ class TrainBatches(grain.MapDataset):
     """
 
     def __init__(
-        self, corpus: Corpus, plans: Sequence[Plan], seed: int, batch_size: int, rows: Sequence[int]
+        self, corpus: Corpus, plans: Sequence[Plan], seed: int, batch_size: int, rows: np.ndarray
     ) -> None:
         super().__init__()
         self.corpus, self.plans, self.seed, self.batch_size = corpus, list(plans), seed, batch_size
-        self.wanted = np.asarray(rows, np.int64)
+        self.wanted = rows
         self.batches_in = np.array([-(-plan.rows // batch_size) for plan in plans])
 
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, k):  # type: ignore[override]  # grain types it for slices too
+    def __getitem__(self, k: int) -> Batch:
         number, rows = self.choose(int(k))
         return self.plans[number].fill(self.corpus, rows)
 
@@ -83,17 +83,17 @@ class HeldOutBatches(grain.MapDataset):
     """
 
     def __init__(
-        self, corpus: Corpus, plan: Plan, batches: int, batch_size: int, rows: Sequence[int]
+        self, corpus: Corpus, plan: Plan, batches: int, batch_size: int, rows: np.ndarray
     ) -> None:
         super().__init__()
         self.corpus, self.plan, self.batch_size = corpus, plan, batch_size
-        self.wanted = np.asarray(rows, np.int64)
+        self.wanted = rows
         self.batches = min(batches, -(-plan.rows // batch_size))
 
     def __len__(self) -> int:
         return self.batches
 
-    def __getitem__(self, k):  # type: ignore[override]
+    def __getitem__(self, k: int) -> Batch:
         row = int(k) * self.batch_size + self.wanted
         there = row < self.plan.rows
         row = np.where(there, shuffled(np.where(there, row, 0), self.plan.rows, ROWS), -1)
@@ -199,7 +199,8 @@ def to_device(
         return jax.device_put(batch, sharding)
 
     def place(local: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             begin, end, _ = index[0].indices(batch_size)
             here = np.searchsorted(rows, begin)
             assert rows[here : here + end - begin].tolist() == list(range(begin, end))
@@ -218,7 +219,7 @@ def device_batches(
 
     Closing the loader is the caller's. A finite loader is given to its end.
     """
-    ahead = None
+    ahead: dict[str, jax.Array] | None = None
     for batch in loader:
         now, ahead = ahead, to_device(batch, mesh, spec, loader.wanted, loader.batch_size)
         if now is not None:

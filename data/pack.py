@@ -124,6 +124,8 @@ def best_fit(count: np.ndarray, length: int) -> np.ndarray:
     number of sizes and not of pieces. Source: Krell et al. 2021, https://arxiv.org/abs/2107.02027
     """
     row_of = np.empty(len(count), np.int64)
+    if not len(count):
+        return row_of
     order = np.argsort(-count, kind="stable")
     sizes, begins = np.unique(-count[order], return_index=True)
     free: dict[int, list[np.ndarray]] = {}  # free space -> blocks of row numbers

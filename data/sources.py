@@ -122,6 +122,8 @@ def find_files(config: DataConfig, key: str = "path") -> list[Path]:
     for file in files:
         if file.stat().st_size == 0:
             raise ValueError(f"{shown}: '{file}' is empty; remove it or give another file")
+        if not os.access(file, os.R_OK):
+            raise ValueError(f"{shown}: '{file}' may not be read; change its permissions")
     return files
 
 
