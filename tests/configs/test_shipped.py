@@ -88,7 +88,7 @@ def test_tiny_runs_on_any_mesh_of_eight():
     assert config.data.source == "stdlib"
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", ["tiny", "gemma3_1b"])
 def test_every_key_can_be_overridden_by_its_own_value(name):
     """What `config.json` or a sweep prints can be given back as a flag."""
     config = load(name)
