@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ml_collections import ConfigDict
 
 from config_types import build
-from data.loader import DataConfig
+from data.config import DataConfig
 from models.config import DecoderConfig
 from parallel.mesh import MeshConfig
 from parallel.precision import PrecisionConfig

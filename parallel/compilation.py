@@ -1,0 +1,31 @@
+"""Compiled programs: kept on disk between runs, and what one needs in memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs in a folder of the user, so that a second start does not compile.
+
+    The folder is $JAX_COMPILATION_CACHE_DIR, or meshwright/compiled under $XDG_CACHE_HOME or ~/.cache.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "meshwright" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def device_bytes(compiled: Any) -> int:
+    """Bytes per device that a compiled program needs: arguments + outputs + temporaries - aliases."""
+    m = compiled.memory_analysis()
+    return int(
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        + m.temp_size_in_bytes
+        - m.alias_size_in_bytes
+    )

@@ -1,0 +1,170 @@
+"""Trains the model of a config; the same command again continues a run that was stopped or killed.
+
+    python train.py --config=configs/tiny.py --workdir=runs/tiny
+    python train.py --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=600
+    JAX_NUM_CPU_DEVICES=8 python train.py --config=configs/tiny.py --workdir=runs/tiny8 \
+        --config.mesh.fsdp=4 --config.mesh.tensor=2
+
+The workdir gets `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import cli
+
+
+def main(config: Any, workdir: Path) -> None:
+    """Config, mesh, data, state, step, loop."""
+    import jax  # here: a typo on the command line costs no import
+
+    from config_border import check_same_run, has_config, read_config, write_config
+    from config_types import plain
+    from data.dataset import open_data
+    from data.loader import device_batches, local_rows
+    from experiment import read_experiment
+    from models.flops import flops_per_token
+    from parallel.compilation import device_bytes, keep_compiled
+    from parallel.mesh import make_mesh
+    from training.checkpoint import Checkpoints
+    from training.evaluation import evaluate, make_eval_step
+    from training.metrics import Metrics
+    from training.optim import make_optimizer
+    from training.schedules import make_schedule
+    from training.state import abstract_state, create_state
+    from training.step import make_step
+    from training.stop import StopSignal
+
+    began = time.perf_counter()
+
+    # --- Config and mesh ---------------------------------------------------------------------------
+    keep_compiled()
+    experiment = read_experiment(config, jax.device_count())
+    if has_config(workdir):
+        check_same_run(read_config(workdir), config)
+    mesh = make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        model = experiment.build_model()
+        spec = model.rules.spec("batch seq")
+        settings = experiment.train
+        optimizer = make_optimizer(experiment.optimizer, settings.steps, model.axes)
+        schedule = make_schedule(experiment.optimizer, settings.steps)
+        kind, count = jax.devices()[0].device_kind, jax.device_count()
+        say(f"devices: {count} x {kind}; {experiment.describe_layout()}")
+
+        # --- Data ----------------------------------------------------------------------------------
+        data = open_data(
+            experiment.data, experiment.model.vocab_size, workdir, seed=experiment.seed
+        )
+        rows = local_rows(mesh, spec, experiment.data.batch_size)
+        say(str(data.summary))
+
+        # --- State: restored, or drawn from the seed -----------------------------------------------
+        if jax.process_index() == 0:
+            write_config(workdir, config)
+        checkpoints = Checkpoints(workdir / "checkpoints", experiment.checkpoint)
+        start, state = 0, None
+        if checkpoints.latest() is not None:
+            abstract = abstract_state(model, optimizer, experiment.precision, mesh)
+            start, state = checkpoints.restore(None, abstract)
+            check_same_data(checkpoints.metadata(start)["data"], data.summary.fingerprint, workdir)
+            say(f"continuing from step {start}")
+        else:
+            state = create_state(model, optimizer, experiment.precision, experiment.seed, mesh)
+        parameters = sum(p.size for p in jax.tree.leaves(state.params))
+        say(f"model: {parameters:,} parameters (vocabulary padded to {experiment.model.padded_vocab})")
+
+        # --- Step ----------------------------------------------------------------------------------
+        step_fn = make_step(
+            model,
+            optimizer,
+            schedule,
+            experiment.precision,
+            seed=experiment.seed,
+            micro_steps=settings.grad_accumulation,
+        )
+        jitted = jax.jit(step_fn, donate_argnums=0)
+        compiled: dict[int, Callable[..., Any]] = {}  # by sequence length: one, or one a bucket
+
+        def run_step(state: Any, batch: dict[str, jax.Array]) -> Any:
+            length = batch["tokens"].shape[1]
+            if length not in compiled:
+                since = time.perf_counter()
+                compiled[length] = jitted.lower(state, batch).compile()
+                mib = device_bytes(compiled[length]) / 2**20
+                seconds = time.perf_counter() - since
+                say(f"step compiled in {seconds:.1f} s: {mib:,.0f} MiB per device")
+            return compiled[length](state, batch)
+
+        eval_step = jax.jit(
+            make_eval_step(model, experiment.precision, data.tokenizer.token_bytes())
+        )
+
+        def held_out_loss(params: Any) -> dict[str, float]:
+            with data.held_out(experiment.eval.batches, rows=rows) as loader:
+                return evaluate(eval_step, params, device_batches(loader, mesh, spec))
+
+        # --- Loop ----------------------------------------------------------------------------------
+        metrics = Metrics(
+            workdir,
+            experiment.logging,
+            total_steps=settings.steps,
+            log_every=settings.log_every,
+            max_skipped=settings.max_skipped,
+            step=start,
+            flops_per_token=flops_per_token(experiment.model, experiment.data.sequence_length),
+            run_config=plain(config),
+        )
+        every, eval_every = experiment.checkpoint.every, experiment.eval.every
+        last: dict[str, float] = {}
+        with data.train(start, rows=rows) as loader, StopSignal() as stop, closing(metrics):
+            batches = device_batches(loader, mesh, spec)
+            for step in range(start + 1, settings.steps + 1):
+                state, measured = run_step(state, next(batches))
+                metrics.push(step, measured)
+                stopping = stop.requested(step)
+                done = step == settings.steps
+                if done or (eval_every and step % eval_every == 0 and not stopping):
+                    with metrics.paused() as row:
+                        last = held_out_loss(state.params)
+                        row |= {f"eval_{name}": last[name] for name in ("loss", "bits_per_byte")}
+                if done or stopping or step % every == 0:
+                    kept = {"data": data.summary.fingerprint, "config": plain(config)}
+                    checkpoints.save(step, state, kept | {"metrics": last})
+                if stopping:
+                    say(f"stopped after step {step}; the same command continues")
+                    break
+        checkpoints.close()
+        if last:
+            say(
+                f"held-out loss {last['loss']:.4f}, perplexity {last['perplexity']:.2f}, "
+                f"{last['bits_per_byte']:.3f} bits per byte"
+            )
+        say(f"done in {time.perf_counter() - began:.0f} s; evaluate it with")
+        say(f"    python evaluate.py --workdir={workdir}")
+
+
+def check_same_data(saved: str, now: str, workdir: Path) -> None:
+    """Refuses to continue on other data than the checkpoint was trained on."""
+    if saved != now:
+        raise ValueError(
+            f"config.data: the files have changed since --workdir={workdir} was trained (fingerprint "
+            f"{saved[:12]}, now {now[:12]}); give the same files, or another --workdir"
+        )
+
+
+def say(line: str) -> None:
+    """Prints on one process alone."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, name="train.py", about=__doc__, config_from="file")
