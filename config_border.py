@@ -135,10 +135,10 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
         given = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(
-            f"{file}: damaged, not JSON ({error}); train.py --config=... writes it anew"
+            f"{file}: damaged, not JSON ({error}); remove it and give train.py --config"
         ) from error
     if not isinstance(given, dict):
-        raise ValueError(f"{file}: should hold a JSON object; train.py --config=... writes it anew")
+        raise ValueError(f"{file}: should hold a JSON object; remove it and give train.py --config")
     return complete(given)
 
 
