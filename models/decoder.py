@@ -16,7 +16,7 @@ from flax import nnx
 from models.block import RESIDUAL, Block, Rows
 from models.config import DecoderConfig
 from models.layers import Norm, dropout, gathered, normal, weight
-from models.positions import sinusoids
+from models.positions import sinusoidal
 from models.stack import STACKED, Stack
 from parallel.remat import RematConfig
 from parallel.rules import Rules
@@ -81,7 +81,7 @@ class Decoder(nnx.Module):
             x_BTD = x_BTD + take(gathered(self.position, rules), rows.positions, rules)
         if config.positions == "sinusoidal":
             x_BTD = x_BTD + jax.reshard(
-                sinusoids(rows.positions, config.embed_dim).astype(x_BTD.dtype), rules.spec(RESIDUAL)
+                sinusoidal(rows.positions, config.embed_dim).astype(x_BTD.dtype), rules.spec(RESIDUAL)
             )
         x_BTD = dropout(x_BTD, config.dropout, embed_key, rules, RESIDUAL)
 
