@@ -1,4 +1,4 @@
-r"""A decoder of 1.1 million parameters on the Python standard library: the first run, on any machine.
+r"""A 1.1-million-parameter decoder on the Python standard library: the first run, on any machine.
 
 Real text that is on every machine that has Python, a tokenizer trained on it, float32 throughout.
 The mesh is `data=-1`, so it runs on 1, 2, 4 or 8 devices; heads divide by 8 for tensor parallelism.
