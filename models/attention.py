@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from models.blocked_attention import BLOCK, blocked_attention
-from models.masks import Mask, MaskArrays, visible
+from models.masks import NO_ARRAYS, Mask, MaskArrays, visible
 from models.xla_attention import Core, xla_attention
 from parallel.rules import Rules
 
@@ -24,7 +24,7 @@ def attention(
     k_BSKH: Array,
     v_BSKH: Array,
     mask: Mask,
-    arrays: MaskArrays = MaskArrays(),
+    arrays: MaskArrays = NO_ARRAYS,
     *,
     rules: Rules,
     implementation: str = "auto",
@@ -47,12 +47,13 @@ def attention(
       mask: which keys are seen.
       arrays: the segments and prefix lengths that the mask asks for.
       rules: the layout.
-      implementation: `xla` keeps the probabilities, quadratic in T. `blocked` skips blocks that the
-        mask hides statically and keeps nothing quadratic. `cudnn` is the flash attention of cuDNN: on
-        GPU, bfloat16 or float16, no softcap and no dropout; causality and causal windows are its own,
-        while documents, prefixes and two-sided windows reach it as a bias [B, 1, T, S] in the compute
-        dtype. `auto` is xla up to one block, else cudnn where it can and the bias is no longer than
-        `LONGEST_BIAS`, else blocked (which is faster than xla on CPU: `benchmarks/attention.py`).
+      implementation: `xla` keeps the probabilities, quadratic in T. `blocked` skips blocks that
+        the mask hides statically and keeps nothing quadratic. `cudnn` is the flash attention of
+        cuDNN: on GPU, bfloat16 or float16, no softcap and no dropout; causality and causal windows
+        are its own, while documents, prefixes and two-sided windows reach it as a bias
+        [B, 1, T, S] in the compute dtype. `auto` is xla up to one block, else cudnn where it can
+        and such a bias is no longer than `LONGEST_BIAS`, else blocked (which is faster than xla
+        on CPU: `benchmarks/attention.py`).
       scale: of the scores; default 1 / sqrt(H).
       softcap: scores are `softcap * tanh(score / softcap)` (Gemma Team 2024,
         https://arxiv.org/abs/2408.00118); None for none.
@@ -86,7 +87,8 @@ def _choose(implementation: str, q_BTNH: Array, k_BSKH: Array, core: Core) -> st
     """The form that runs; checks one that was asked for."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"config.model.attention = {implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}"
+            f"config.model.attention = {implementation!r}: choose one of "
+            f"{', '.join(IMPLEMENTATIONS)}"
         )
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if implementation == "cudnn" and (reason := _not_for_cudnn(q_BTNH, k_BSKH, core)):
@@ -96,7 +98,7 @@ def _choose(implementation: str, q_BTNH: Array, k_BSKH: Array, core: Core) -> st
     if max(T, S) <= BLOCK:  # one block: nothing to skip, and the probabilities are few
         return "xla"
     biased = not _in_kernel(core.mask)
-    if biased and max(T, S) > LONGEST_BIAS or _not_for_cudnn(q_BTNH, k_BSKH, core):
+    if (biased and max(T, S) > LONGEST_BIAS) or _not_for_cudnn(q_BTNH, k_BSKH, core):
         return "blocked"
     return "cudnn"
 
@@ -164,8 +166,8 @@ def _group_heads(
 ) -> tuple[Array, Array, Array]:
     """Splits the query heads into [K, G], K sharded as the query heads were.
 
-    Replicated K/V heads, fewer than the parts of the query heads, are first repeated to one for each
-    part: every device cuts out the one head that its query heads read.
+    Replicated K/V heads, fewer than the parts of the query heads, are first repeated to one for
+    each part: every device cuts out the one head that its query heads read.
     """
     B, T, N, H = q_BTNH.shape
     batch, seq, heads, head_dim = rules.spec("batch seq act_heads head_dim")

@@ -21,7 +21,8 @@ from models.xla_attention import HIDDEN, LOWEST, TINY, Core
 
 BLOCK = 128  # of 64, 128, 256 and 512 the fastest on CPU, where a pair of blocks fits the cache
 
-# Dims of blocked arrays: i query blocks of Q queries, j key blocks of C keys; `q_iBKGQH`, `k_jBKCH`.
+# Dims of blocked arrays: i query blocks of Q queries (`q_iBKGQH`), j key blocks of C keys
+# (`k_jBKCH`).
 Residuals = tuple[Array, Array, Array, MaskArrays, Array | None, Array, Array]
 
 
@@ -46,7 +47,7 @@ def blocked_attention(
 ) -> Array:
     """o_BTKGH. The residuals are q, k, v, "attention_out" and "attention_lse", nothing quadratic.
 
-    Dropout draws from one key for each pair of blocks, so its mask is another than `xla_attention`'s.
+    Dropout draws from one key for each pair of blocks: another mask than that of `xla_attention`.
     """
     return _forward(q_BTKGH, k_BSKH, v_BSKH, arrays, dropout_key, core, block)[0]
 

@@ -55,6 +55,9 @@ class MaskArrays(NamedTuple):
     prefix_B: Array | None = None
 
 
+NO_ARRAYS = MaskArrays()
+
+
 def visible(mask: Mask, q_index_T: Array, k_index_S: Array, arrays: MaskArrays) -> Array:
     """The boolean mask of a block of queries against a block of keys, True where a key is seen.
 
@@ -62,7 +65,8 @@ def visible(mask: Mask, q_index_T: Array, k_index_S: Array, arrays: MaskArrays) 
       mask: the kind of mask.
       q_index_T: index in the row of the block's queries, [T'].
       k_index_S: index in the row of the block's keys, [S'].
-      arrays: the segments of these queries, [B, T'], and keys, [B, S'], and the prefix lengths, [B].
+      arrays: the segments of these queries, [B, T'], and keys, [B, S'], and the
+        prefix lengths, [B].
 
     Returns:
       Booleans [B, 1, T', S'], or [1, 1, T', S'] where nothing depends on the row of the batch.
@@ -77,7 +81,8 @@ def visible(mask: Mask, q_index_T: Array, k_index_S: Array, arrays: MaskArrays) 
     if mask.window is not None:
         seen = seen & (jnp.abs(q - k) < mask.window)
     if mask.segments:
-        assert arrays.q_segments_BT is not None and arrays.k_segments_BS is not None
+        assert arrays.q_segments_BT is not None
+        assert arrays.k_segments_BS is not None
         # Padded queries get a number that no key has, which costs T and not T x S.
         q_segments = jnp.where(arrays.q_segments_BT > 0, arrays.q_segments_BT, -1)
         seen = seen & (q_segments[:, None, :, None] == arrays.k_segments_BS[:, None, None, :])

@@ -19,11 +19,11 @@ class RopeConfig:
     Attributes:
       theta: base of the wavelengths, `2 pi theta ** (2 i / H)` positions.
       scaling: `none`; `linear` divides positions by `factor` (Chen et al. 2023,
-        https://arxiv.org/abs/2306.15595); `llama3` slows only the long waves by `factor` (Llama Team
-        2024, https://arxiv.org/abs/2407.21783).
+        https://arxiv.org/abs/2306.15595); `llama3` slows only the long waves by `factor`
+        (Llama Team 2024, https://arxiv.org/abs/2407.21783).
       factor: how much longer the context is than the one trained for.
-      low_freq_factor: llama3; waves longer than `original_length / low_freq_factor` are slowed in full.
-      high_freq_factor: llama3; waves shorter than `original_length / high_freq_factor` not at all.
+      low_freq_factor: llama3; waves over `original_length / low_freq_factor` are slowed in full.
+      high_freq_factor: llama3; waves under `original_length / high_freq_factor` not at all.
       original_length: llama3; the context trained for, in tokens.
     """
 
@@ -62,7 +62,8 @@ class RopeConfig:
         """
         if head_dim % 2:
             raise ValueError(
-                f"config.model.head_dim = {head_dim}: rotary positions turn pairs; choose an even one"
+                f"config.model.head_dim = {head_dim}: rotary positions turn pairs of features; "
+                f"choose an even one"
             )
         frequency = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         if self.scaling == "linear":
@@ -88,7 +89,7 @@ def rotate(x_BTNH: Array, positions_BT: Array, config: RopeConfig) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def sinusoids(positions_BT: Array, embed_dim: int) -> Array:
+def sinusoidal(positions_BT: Array, embed_dim: int) -> Array:
     """Sinusoidal positions to be added to embeddings, float32 [B, T, D].
 
     Feature 2i is the sine and 2i + 1 the cosine of `position / 10000 ** (2i / D)` (Vaswani et al.
