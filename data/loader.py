@@ -195,8 +195,6 @@ def to_device(
       batch_size: B.
     """
     sharding = NamedSharding(mesh, spec)
-    if len(rows) == batch_size and sharding.is_fully_addressable:
-        return jax.device_put(batch, sharding)
 
     def place(local: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +211,12 @@ def _json_lines(config: DataConfig, shown: str, file: Path, name: str) -> Iterat
 
 
 def _dataset(config: DataConfig, key: str, files: list[Path]) -> Iterator[Document]:
+    shown = f"config.data.{key} = '{getattr(config, key)}'"
+    for number, row in enumerate(_dataset_rows(shown, files)):
+        yield score(str(number)), _field(config, row, f"{shown}: row {number}")
+
+
+def _dataset_rows(shown: str, files: list[Path]) -> Iterator[object]:
     try:
         import datasets
     except ImportError:
@@ -220,16 +226,11 @@ def _dataset(config: DataConfig, key: str, files: list[Path]) -> Iterator[Docume
         ) from None
     kind = files[0].suffix[1:]
     names = [str(file) for file in files if file.suffix == files[0].suffix]
-    shown = f"config.data.{key} = '{getattr(config, key)}'"
     try:  # streamed: nothing is copied to the library's own cache
-        rows: Iterable = datasets.load_dataset(
-            kind, data_files=names, split="train", streaming=True
-        )
-        for number, row in enumerate(rows):
-            text = _field(config, row, f"{shown}: row {number}")
-            yield score(str(number)), text
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{shown}: not readable as {kind} ({error}); give whole files") from error
+        yield from datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{shown}: not readable as {kind} ({reason}); give whole files") from error
 
 
 def _field(config: DataConfig, row: object, where: str) -> str:

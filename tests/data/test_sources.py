@@ -299,3 +299,9 @@ def test_dataset(tmp_path, kind):
     with pytest.raises(ValueError) as error:
         open_tiny(tmp_path, source="dataset", path=str(folder), text_field="body")
     assert "row 0: no field config.data.text_field = 'body' in it, only text, n" in str(error.value)
+    for file in folder.glob("*." + kind):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError) as error:
+        open_tiny(tmp_path, source="dataset", path=str(folder))
+    assert str(error.value).startswith(f"config.data.path = '{folder}': not readable as {kind} (")
+    assert "\n" not in str(error.value)
