@@ -81,7 +81,8 @@ def main() -> None:
                 jax.block_until_ready(program(*inputs))
                 seconds[name].append(time.perf_counter() - start)
 
-    mib = {n: c.memory_analysis().temp_size_in_bytes / 2**20 for n, c in compiled.items()}
+    analyses = {name: program.memory_analysis() for name, program in compiled.items()}
+    mib = {name: a.temp_size_in_bytes / 2**20 for name, a in analyses.items() if a is not None}
     report = vars(args) | {
         "jax": jax.__version__,
         "python": platform.python_version(),

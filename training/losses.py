@@ -206,7 +206,7 @@ def _local(
     nll_sum, z_sum, correct_sum = _psum(jnp.stack(sums), batch)
     aux = {"nll_sum": nll_sum, "z_sum": z_sum, "correct_sum": correct_sum}
     outputs = nll_sum + head.z_loss * z_sum, aux, nll
-    if not with_gradient:
+    if d_table is None:
         return outputs, ()
 
     for dim, axes in extra:
