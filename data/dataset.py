@@ -140,14 +140,14 @@ def open_data(config: DataConfig, vocab_size: int, workdir: str | Path, *, seed:
     training, evaluation = open_corpus(config, tokenizer, documents, cache, vocab_size)
     plans = make_plans(training, config.sequence_length, config.packing, config.buckets)
     (held_out_plan,) = make_plans(evaluation, config.sequence_length, "packed")
-    for name, plan_rows in (
-        ("train on", sum(plan.rows for plan in plans)),
-        ("hold out", held_out_plan.rows),
+    for key, name, count in (
+        ("path", "train on", sum(plan.rows for plan in plans)),
+        ("eval_path" if config.eval_path else "path", "hold out", held_out_plan.rows),
     ):
-        if not plan_rows:
+        if not count:
             raise ValueError(
-                f"config.data.path = '{config.path}': too little text, nothing is left to {name}; "
-                "give more documents"
+                f"config.data.{key} = '{getattr(config, key)}': too little text, nothing is left "
+                f"to {name}; give more documents"
             )
     summary = Summary(
         source=f"{config.source} {config.path}".strip(),

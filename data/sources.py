@@ -108,6 +108,8 @@ def find_files(config: DataConfig, key: str = "path") -> list[Path]:
             raise ValueError(
                 f"{shown}: no .parquet or .arrow file in it; give a folder that has some"
             )
+        if len({file.suffix for file in files}) > 1:
+            raise ValueError(f"{shown}: both .parquet and .arrow files in it; give a folder of one")
     elif glob.has_magic(str(path)) and not path.exists():
         found = glob.glob(str(path), recursive=True)
         files = sorted(f for f in map(Path, found) if f.is_file())
@@ -225,7 +227,7 @@ def _dataset_rows(shown: str, files: list[Path]) -> Iterator[object]:
             "run: pip install 'meshwright[hf]'"
         ) from None
     kind = files[0].suffix[1:]
-    names = [str(file) for file in files if file.suffix == files[0].suffix]
+    names = [str(file) for file in files]
     try:  # streamed: nothing is copied to the library's own cache
         yield from datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -194,6 +194,8 @@ def open_tokenizer(
             if not path.exists():
                 log.info("training a BPE of %d tokens into %s", vocab_size, path)
                 train_bpe(training_texts(), vocab_size, path)
+            else:
+                log.info("reusing the BPE in %s", path)
         tokenizer = JsonTokenizer(path)
     else:
         path = Path(os.path.expanduser(config.tokenizer))

@@ -102,6 +102,15 @@ def test_own_held_out_files(text_folder, tmp_path):
     assert data.summary.documents == 60
 
 
+def test_fingerprint_knows_what_is_held_out(text_folder, tmp_path):
+    everything, *parts = (str(text_folder / name) for name in ("*.py", "[0-4]*.py", "5*.py"))
+    by_name = open_tiny(tmp_path, source="text", path=everything)
+    by_path = open_tiny(tmp_path, source="text", path=parts[0], eval_path=parts[1])
+    shards = by_name.training.shards, by_path.training.shards
+    np.testing.assert_array_equal(*shards)  # the same tokens in the same order
+    assert by_name.summary.fingerprint != by_path.summary.fingerprint
+
+
 def test_bpe_never_sees_what_is_held_out(text_folder):
     config = DataConfig(source="text", path=str(text_folder / "*.py"))
     documents = open_documents(config)
@@ -234,6 +243,12 @@ def test_bad_inputs(tmp_path):
     assert held.startswith(f"config.data.eval_path = '{missing}': no such file")
     assert "no such folder" in of("dataset", missing)
     assert "no .parquet or .arrow" in of("dataset", folder)
+    (tmp_path / "both").mkdir()
+    bad(tmp_path, "both/a.parquet", b"x"), bad(tmp_path, "both/a.arrow", b"x")
+    assert "both .parquet and .arrow" in of("dataset", str(tmp_path / "both"))
+    tiny = bad(tmp_path, "tiny.jsonl", b'{"text": ""}\n')
+    held = message(source="jsonl", path=bad(tmp_path, "ok.jsonl", good), eval_path=tiny)
+    assert held.startswith(f"config.data.eval_path = '{tiny}': too little text")
     assert not list((tmp_path / "run").rglob("*.partial"))  # nothing half done is kept
 
 
