@@ -141,7 +141,7 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         """Writes what is queued."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class Progress:

@@ -188,7 +188,7 @@ def test_weights_and_biases_is_an_offline_extra(tmp_path, monkeypatch):
             calls.append(step)
 
         @classmethod
-        def finish(cls, quiet):
+        def finish(cls):
             calls.append("finish")
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
