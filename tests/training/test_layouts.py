@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from parallel.precision import PrecisionConfig
-from tests.small import layout
+from tests.small import initial_params, layout
 from training.optim import apply_update, state_specs
 from training.state import abstract_params, shardings_of
 from training.step import loss_and_grads
@@ -40,9 +40,9 @@ def trajectory(**kind):
     """(gradients of step 1, losses of AdamW, losses of SGD, parameters after SGD), as NumPy."""
     with layout(**kind) as laid:
         model = laid.model
-        params = jax.jit(model.init)(jax.random.key(0))
+        params = laid.params(initial_params())
         grads_of = jax.jit(loss_and_grads(model, FLOAT32))
-        one = jnp.float32(1)
+        one, batch = jnp.float32(1), laid.batch()
 
         def run(optimizer):
             specs = state_specs(optimizer, model.axes, abstract_params(model, FLOAT32), model.rules)
@@ -51,7 +51,7 @@ def trajectory(**kind):
             now, losses, first = params, [], None
             for step in range(STEPS):
                 key = jax.random.fold_in(jax.random.key(7), step)
-                sums, grads = grads_of(now, laid.batch(step), key, one)
+                sums, grads = grads_of(now, batch, key, one)
                 first = first if first is not None else grads
                 now, state, *_ = update(grads, state, now)
                 losses.append(float(sums["loss"]))
@@ -93,6 +93,13 @@ def test_the_oracle_learns():
     assert adamw_losses[-1] < adamw_losses[0] - 0.05
 
 
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=8)], ids=str)
+def test_the_seed_gives_the_same_parameters_everywhere(sizes):
+    with layout(**sizes, zero=3) as laid:
+        got = jax.jit(laid.model.init)(jax.random.key(0))
+        jax.tree.map(np.testing.assert_array_equal, got, initial_params())
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -106,6 +113,6 @@ def test_two_layouts(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", cells())
+@pytest.mark.parametrize("kind", list(cells()))
 def test_every_layout(kind):
     assert_same(trajectory(**kind), one_device())
