@@ -173,8 +173,9 @@ def _group_heads(
     batch, seq, heads, head_dim = rules.spec("batch seq act_heads head_dim")
     if rules.axes("act_kv_heads") != rules.axes("act_heads"):
         repeats = max(1, rules.parts("act_heads") // k_BSKH.shape[2])
-        spec = P(batch, seq, heads, head_dim)
-        k_BSKH, v_BSKH = (jax.reshard(_repeat_heads(x, repeats), spec) for x in (k_BSKH, v_BSKH))
+        k_BSKH, v_BSKH = _repeat_heads(k_BSKH, repeats), _repeat_heads(v_BSKH, repeats)
+    spec = P(batch, seq, heads, head_dim)
+    k_BSKH, v_BSKH = jax.reshard(k_BSKH, spec), jax.reshard(v_BSKH, spec)
     K = k_BSKH.shape[2]
     assert N % K == 0, (N, K)
     spec = P(batch, seq, heads, None, head_dim)

@@ -74,7 +74,7 @@ def _forward(
         shrink = jnp.exp(old_top - top)
         e = jnp.exp(s - top[..., None])
         total = _at(total_iBKGQ, i) * shrink + jnp.sum(e, -1)
-        e = core.drop(e, _key(dropout_key, i, j)).astype(v_BSKH.dtype)
+        e = core.dropper(_key(dropout_key, i, j), e)(e).astype(v_BSKH.dtype)
         o = _at(o_iBKGQH, i) * shrink[..., None] + _product("bkgqc,bkch->bkgqh", e, _at(v_jBKCH, j))
         return (_put(o_iBKGQH, o, i), _put(top_iBKGQ, top, i), _put(total_iBKGQ, total, i)), None
 
@@ -107,9 +107,9 @@ def _backward(
         q, do, k, v = _at(q_iBKGQH, i), _at(do_iBKGQH, i), _at(k_jBKCH, j), _at(v_jBKCH, j)
         s = core.scores(q, k)
         p = jnp.exp(see(s, i, j) - _at(lse_iBKGQ, i)[..., None])
-        key = _key(dropout_key, i, j)
-        dv = _product("bkgqc,bkgqh->bkch", core.drop(p, key).astype(dtype), do)
-        dp = core.drop(_product("bkgqh,bkch->bkgqc", do, v), key)
+        drop = core.dropper(_key(dropout_key, i, j), p)
+        dv = _product("bkgqc,bkgqh->bkch", drop(p).astype(dtype), do)
+        dp = drop(_product("bkgqh,bkch->bkgqc", do, v))
         ds = p * (dp - _at(delta_iBKGQ, i)[..., None])
         ds = core.through_scores(ds, s).astype(dtype)
         dq = _at(dq_iBKGQH, i) + _product("bkgqc,bkch->bkgqh", ds, k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -38,15 +39,18 @@ class Core:
             ds = ds * (1.0 - jnp.square(s / self.softcap))
         return ds * self.scale
 
-    def drop(self, p: Array, key: Array | None) -> Array:
-        """Drops some of `p` and scales up the rest; linear, so it is its own transpose."""
+    def dropper(self, key: Array | None, like: Array) -> Callable[[Array], Array]:
+        """The function that drops some of an array of this shape and scales up the rest.
+
+        It is linear and its own transpose: what drops the probabilities drops their gradient.
+        """
         if self.dropout_rate == 0.0:
-            return p
+            return lambda p: p
         assert key is not None
         # Drawn in the global view: the same mask on every mesh.
-        sharding = jax.typeof(p).sharding.spec
-        keep = jax.random.bernoulli(key, 1.0 - self.dropout_rate, p.shape, out_sharding=sharding)
-        return jnp.where(keep, p / (1.0 - self.dropout_rate), 0.0)
+        spec, kept = jax.typeof(like).sharding.spec, 1.0 - self.dropout_rate
+        keep = jax.random.bernoulli(key, kept, like.shape, out_sharding=spec)
+        return lambda p: jnp.where(keep, p / kept, 0.0)
 
 
 def xla_attention(
@@ -64,7 +68,8 @@ def xla_attention(
     if not core.mask.sees_all:
         q_index, k_index = jnp.arange(q_BKGTH.shape[3]), jnp.arange(k_BKSH.shape[2])
         seen = visible(core.mask, q_index, k_index, arrays)
-    p_BKGTS = core.drop(_probabilities(q_BKGTH, k_BKSH, seen, core), dropout_key)
+    p_BKGTS = _probabilities(q_BKGTH, k_BKSH, seen, core)
+    p_BKGTS = core.dropper(dropout_key, p_BKGTS)(p_BKGTS)
     o_BKGTH = jnp.einsum("bkgts,bksh->bkgth", p_BKGTS, v_BKSH)
     return jnp.transpose(o_BKGTH, (0, 3, 1, 2, 4))
 
@@ -76,19 +81,19 @@ def _probabilities(q_BKGTH: Array, k_BKSH: Array, seen: Array | None, core: Core
     The gradient is written out so that its one quadratic residual is the probabilities, under their
     name and in the compute dtype, and so that its matrix products are in the compute dtype too.
     """
+    return _forward(q_BKGTH, k_BKSH, seen, core)[0]
+
+
+def _forward(
+    q_BKGTH: Array, k_BKSH: Array, seen: Array | None, core: Core
+) -> tuple[Array, tuple[Array, Array, Array]]:
     s_BKGTS = core.scores(q_BKGTH, k_BKSH)
     if seen is not None:
         s_BKGTS = jnp.where(seen[:, :, None], s_BKGTS, HIDDEN)
     top = jnp.maximum(jnp.max(s_BKGTS, -1, keepdims=True), LOWEST)
     e_BKGTS = jnp.exp(s_BKGTS - top)
     total = jnp.maximum(jnp.sum(e_BKGTS, -1, keepdims=True), TINY)
-    return checkpoint_name((e_BKGTS / total).astype(q_BKGTH.dtype), "attention_probs")
-
-
-def _forward(
-    q_BKGTH: Array, k_BKSH: Array, seen: Array | None, core: Core
-) -> tuple[Array, tuple[Array, Array, Array]]:
-    p_BKGTS = _probabilities(q_BKGTH, k_BKSH, seen, core)
+    p_BKGTS = checkpoint_name((e_BKGTS / total).astype(q_BKGTH.dtype), "attention_probs")
     return p_BKGTS, (q_BKGTH, k_BKSH, p_BKGTS)
 
 
