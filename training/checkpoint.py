@@ -28,19 +28,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from training import manifest, naming
+from training import manifest, naming, orbax_io
 
 log = logging.getLogger(__name__)
 PyTree = Any
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
-
-
-# Orbax logs one failure of a write several times, with stack traces; `_report` says it once.
-for name in ("absl", "asyncio"):
-    logging.getLogger(name).addFilter(_not_from_orbax)
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,8 @@ class Checkpoints:
     def __init__(self, directory: str | Path, config: CheckpointConfig | None = None) -> None:
         self._directory = Path(directory).absolute()
         self._config = config
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._attempt = 0
+        self._attempts = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self.seconds_blocked = 0.0
@@ -133,12 +125,15 @@ class Checkpoints:
             tree = naming.nested({name: naming.to_data(leaf) for name, leaf in leaves.items()})
             text = json.dumps(dict(metadata), indent=1)
             staging = self._directory / f"{step}.tmp"
+            self._attempts += 1
+            writer = orbax_io.make_checkpointer(self._attempts)
             try:
-                self._orbax.save(staging / "state", args=ocp.args.PyTreeSave(tree))
+                orbax_io.save(writer, staging / "state", tree)
             except (OSError, ValueError) as error:
-                self._report(step, error)
+                self._pending = Future()
+                self._pending.set_exception(self._report(step, error))
             else:
-                self._pending = self._pool.submit(self._finish, step, tensors, text)
+                self._pending = self._pool.submit(self._finish, writer, step, tensors, text)
         self.seconds_blocked += time.perf_counter() - start
 
     def restore(
@@ -169,16 +164,7 @@ class Checkpoints:
         wanted, saved = naming.named(abstract_state), manifest.tensors(path)
         naming.compare(wanted, saved, path, partial)
         abstract = naming.nested({n: naming.abstract_data(leaf) for n, leaf in wanted.items()})
-        how = jax.tree.map(
-            lambda leaf: ocp.ArrayRestoreArgs(
-                sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
-            ),
-            abstract,
-        )
-        read = self._orbax.restore(
-            path / "state",
-            args=ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=partial),
-        )
+        read = orbax_io.restore(path / "state", abstract, partial)
         arrays = naming.named(read)
         leaves = [naming.from_data(arrays[n], leaf, saved[n]) for n, leaf in wanted.items()]
         return found, jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
@@ -199,18 +185,23 @@ class Checkpoints:
             self.wait()
         finally:
             self._pool.shutdown()
-            self._orbax.close()
 
     def _settle(self) -> BaseException | None:
         """Waits for the save that is under way; returns its error, which was reported already."""
         pending, self._pending = self._pending, None
         return pending.exception() if pending is not None else None
 
-    def _finish(self, step: int, tensors: dict[str, dict[str, Any]], metadata: str) -> None:
+    def _finish(
+        self,
+        writer: ocp.AsyncCheckpointer,
+        step: int,
+        tensors: dict[str, dict[str, Any]],
+        metadata: str,
+    ) -> None:
         """In the background: waits for Orbax on all processes, then makes the step count."""
         staging = self._directory / f"{step}.tmp"
         try:
-            self._orbax.wait_until_finished()
+            writer.close()
             if jax.process_index() == 0:
                 # The mesh that wrote it. Nobody needs it: whoever restores brings a sharding.
                 (staging / "state" / "_sharding").unlink(missing_ok=True)

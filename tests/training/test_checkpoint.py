@@ -357,3 +357,36 @@ def test_two_processes_write_what_one_reads_and_the_other_way_round(tmp_path):
     damage("truncated", largest_file(tmp_path / "one" / "5"))
     # Sums of integers below 2**24 are exact in float32.
     assert outputs(launch(BOTH_WAYS, tmp_path / "one", "", "restore")) == [f"3 {total}\n"] * 2
+
+
+ONE_FAILS = """
+import resource
+import jax, numpy as np
+from training import orbax_io
+from training.checkpoint import CheckpointConfig, Checkpoints
+orbax_io.TIMEOUT = 8
+sharding = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
+x = np.random.default_rng(0).standard_normal((64, 1024), np.float32)
+state = {"x": jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])}
+checkpoints = Checkpoints(arguments[0], CheckpointConfig())
+checkpoints.save(1, state, {})
+checkpoints.wait()
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+if index == 1:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+checkpoints.save(2, state, {})
+try:
+    checkpoints.wait()
+except ValueError as error:
+    print("step 2 could not be saved" in str(error))
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+checkpoints.save(3, state, {})
+checkpoints.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_costs_one_step(tmp_path):
+    assert outputs(launch(ONE_FAILS, tmp_path)) == ["True\n"] * 2
+    assert Checkpoints(tmp_path).steps() == [1, 3]
+    assert manifest.damage(tmp_path / "3") is None
