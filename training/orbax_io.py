@@ -1,4 +1,4 @@
-"""The part of Orbax that checkpoints are built on: nested dicts of arrays, written in background."""
+"""The part of Orbax that checkpoints use: nested dicts of arrays, written in the background."""
 
 from __future__ import annotations
 
