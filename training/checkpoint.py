@@ -261,21 +261,28 @@ class Checkpoints:
 
     def _undamaged(self, step: int | None) -> int:
         """The step asked for, or the newest, that nothing is wrong with; -1 if there is none."""
+        damaged = []
         for candidate in reversed(self.steps()):
             if step not in (None, candidate):
                 continue
-            path = self._directory / str(candidate)
-            damage = manifest.damage(path)
+            damage = manifest.damage(self._directory / str(candidate))
             if damage is None:
+                if self._config is not None:
+                    for other in damaged:
+                        self._set_aside(other)
                 return candidate
             log.warning("step %d in %s is damaged: %s", candidate, self._directory, damage)
-            if self._config is not None and step is None:
-                aside = path.with_name(f"{candidate}.damaged")
-                while aside.exists():
-                    aside = aside.with_name(aside.name + "_")
-                path.rename(aside)
-                log.warning("it is set aside as %s; an older step is tried", aside)
-        return -1
+            damaged.append(candidate)
+        return -1  # All stay where they are, lest the next start takes the run for a new one.
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a damaged step: its number is free, and its owner can look at it."""
+        path = self._directory / str(step)
+        aside = path.with_name(f"{step}.damaged")
+        while aside.exists():
+            aside = aside.with_name(aside.name + "_")
+        path.rename(aside)
+        log.warning("step %d is set aside as %s; an older one is restored", step, aside)
 
     def _agree(self, value: int) -> int:
         """The value that process 0 has."""

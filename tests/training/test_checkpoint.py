@@ -228,6 +228,17 @@ def test_damaged_steps_are_passed_over_and_kept(three_steps, caplog):
     checkpoints.close()
 
 
+def test_a_run_whose_steps_are_all_damaged_does_not_start_anew(three_steps):
+    path, _, want = three_steps
+    for step in ("10", "20", "30"):
+        damage("truncated", largest_file(path / step))
+    for _ in range(2):
+        checkpoints = Checkpoints(path, CONFIG)
+        assert checkpoints.latest() == 30
+        with pytest.raises(ValueError, match="no undamaged checkpoint"):
+            checkpoints.restore(None, want)
+
+
 def test_a_reader_moves_nothing_and_never_swaps_the_step_asked_for(three_steps, caplog):
     path, _, want = three_steps
     damage("truncated", largest_file(path / "30"))
