@@ -261,7 +261,7 @@ class Checkpoints:
 
     def _undamaged(self, step: int | None) -> int:
         """The step asked for, or the newest, that nothing is wrong with; -1 if there is none."""
-        damaged = []
+        damaged: list[int] = []
         for candidate in reversed(self.steps()):
             if step not in (None, candidate):
                 continue
