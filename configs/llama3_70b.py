@@ -14,36 +14,16 @@ and FSDP over all devices: 12 bytes a parameter, 847 GB in all, divided by the d
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import llama3_8b
 
 
 def get_config() -> ConfigDict:
-    """Llama 3 70B: RMSNorm, rotary positions, SwiGLU, 8 K/V heads, untied embeddings."""
-    config = base.get_config()
-    config.model.vocab_size = 128_256
+    """Llama 3 70B: as 8B, deeper and wider."""
+    config = llama3_8b.get_config()
     config.model.layers = 80
     config.model.embed_dim = 8192
     config.model.mlp_dim = 28_672
     config.model.heads = 64
-    config.model.kv_heads = 8
-    config.model.head_dim = 128
-    config.model.norm_eps = 1e-5
-    config.model.max_length = 8192
-    config.model.rope_theta = 500_000.0
-    config.model.tied = False
-
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
-    config.precision.compute = "bfloat16"
     config.remat.policy = "full"
-    config.data.source = "jsonl"
-    config.data.path = "corpus/*.jsonl"
-    config.data.tokenizer = "corpus/tokenizer.json"
-    config.data.sequence_length = 8192
-    config.data.batch_size = 512
-
     config.optimizer.learning_rate = 1.5e-4
-    config.optimizer.warmup_steps = 8000
-    config.optimizer.final_fraction = 0.01
-    config.train.steps = 1_200_000
     return config

@@ -9,9 +9,12 @@ set -u
 workdir=$1
 shift
 
+child=
+stopped=
+trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM
 "$@" &
 child=$!
-trap 'kill -TERM "$child" 2>/dev/null' TERM
+[ -z "$stopped" ] || kill -TERM "$child"
 wait "$child"
 code=$?
 while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the child

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from ml_collections import ConfigDict
 
 import cli
 import config_border as border
 import parallel.distributed
-from config_types import build, plain
+from config_types import plain
 from configs import base
 
 ROOT = Path(__file__).parent.parent
@@ -271,101 +268,6 @@ def test_debug_shows_the_stack(command):
     assert code == 1
     assert "Traceback" in err
     assert err.endswith("error: (internal) KeyError: 'k'\n")
-
-
-def test_config_json_round_trip(tmp_path):
-    config = border.override(
-        border.load_config(TINY),
-        ["--config.remat.save=query", "--config.parallel.rules={'embed': ('fsdp',)}"],
-    )
-    border.write_config(tmp_path / "new" / "run", config)
-    assert border.read_config(tmp_path / "new" / "run") == config
-    text = (tmp_path / "new" / "run" / "config.json").read_text()
-    assert list(json.loads(text)) == sorted(plain(config))
-    assert [f.name for f in (tmp_path / "new" / "run").iterdir()] == ["config.json"]
-
-
-def test_an_older_config_takes_new_keys_from_the_base(tmp_path):
-    old = plain(base.get_config())
-    del old["model"]["unroll"]
-    del old["loss"]
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    assert border.read_config(tmp_path) == base.get_config()
-
-
-@pytest.mark.parametrize(
-    "same",
-    ["train.steps=9", "mesh.fsdp=2", "parallel.zero=1", "remat.policy=full", "eval.batches=1"],
-)
-def test_a_run_may_continue_elsewhere_and_longer(same):
-    old = border.load_config(TINY)
-    border.check_same_run(old, border.override(old, [f"--config.{same}"]))
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        "seed=1",
-        "model.layers=9",
-        "data.batch_size=8",
-        "optimizer.b1=0.5",
-        "precision.compute=bfloat16",
-    ],
-)
-def test_another_run_is_refused(other):
-    old = border.load_config(TINY)
-    key, value = other.split("=")
-    with pytest.raises(ValueError, match=rf"config\.{key} = '?{value}'?: this workdir's run has"):
-        border.check_same_run(old, border.override(old, [f"--config.{other}"]))
-
-
-@dataclass(frozen=True)
-class Inner:
-    size: int = 1
-
-
-@dataclass(frozen=True)
-class Example:
-    count: int
-    rate: float = 0.5
-    on: bool = False
-    name: str | None = None
-    kind: Literal["a", "b"] = "a"
-    names: tuple[str, ...] = ()
-    rows: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    inner: Inner = Inner()
-
-
-def test_build_makes_the_dataclass():
-    section = ConfigDict({"count": 2, "rate": 1, "names": ["x"], "rows": {"k": ["v"]}, "name": "n"})
-    made = build(Example, section, "config.example")
-    assert made == Example(2, 1.0, names=("x",), rows={"k": ("v",)}, name="n")
-    assert type(made.rate) is float
-    assert build(Example, {"count": 1, "inner": {"size": 3}}, "e").inner == Inner(3)
-    assert build(Example, {"count": 1, "name": None}, "e").name is None
-
-
-@pytest.mark.parametrize(
-    ("section", "words"),
-    [
-        ({}, "config.example.count: missing; give it a whole number"),
-        ({"cont": 1}, "config.example.cont: no such key; did you mean config.example.count?"),
-        ({"count": True}, "config.example.count = True: should be a whole number"),
-        ({"count": 1.0}, "config.example.count = 1.0: should be a whole number"),
-        ({"count": 1, "rate": "x"}, "config.example.rate = 'x': should be a number"),
-        ({"count": 1, "on": 1}, "config.example.on = 1: should be true or false"),
-        ({"count": 1, "name": 3}, "config.example.name = 3: should be a text or none"),
-        ({"count": 1, "kind": "c"}, "config.example.kind = 'c': should be one of 'a', 'b'"),
-        ({"count": 1, "names": "x"}, "config.example.names = 'x': should be a list"),
-        ({"count": 1, "names": (1,)}, "config.example.names[0] = 1: should be a text"),
-        ({"count": 1, "rows": {"k": "v"}}, "config.example.rows.k = 'v': should be a list"),
-        ({"count": 1, "inner": {"sze": 1}}, "config.example.inner.sze: no such key"),
-    ],
-)
-def test_build_names_what_is_wrong(section, words):
-    with pytest.raises(ValueError) as error:
-        build(Example, section, "config.example")
-    assert str(error.value).startswith(words)
 
 
 def test_a_bad_flag_is_found_before_jax_is_imported(tmp_path):
