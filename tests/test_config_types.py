@@ -1,4 +1,4 @@
-"""From config sections to dataclasses: every key and type is checked, and named where it is wrong."""
+"""From config sections to dataclasses: keys and types are checked, and named where wrong."""
 
 from __future__ import annotations
 
