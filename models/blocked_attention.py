@@ -8,6 +8,7 @@ what causality or a window hides is never computed, and the program does not gro
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from models.masks import Mask, MaskArrays, key_range, visible
 from models.xla_attention import HIDDEN, LOWEST, TINY, Core
 
-BLOCK = 128  # of 64, 128, 256 and 512 the fastest on CPU, where a pair of blocks fits the cache
+BLOCK = 128  # on CPU as fast as 64; 256 and 512 are slower and compute more that is masked away
 
 # Dims of blocked arrays: i query blocks of Q queries (`q_iBKGQH`), j key blocks of C keys
 # (`k_jBKCH`).
@@ -128,7 +129,9 @@ def _backward(
 blocked_attention.defvjp(_forward, _backward)
 
 
-def _see(core: Core, arrays: MaskArrays, block: int, k_length: int):
+def _see(
+    core: Core, arrays: MaskArrays, block: int, k_length: int
+) -> Callable[[Array, Array, Array], Array]:
     """The function that hides what query block i may not see of key block j."""
     q_segments_iBQ, k_segments_jBC = (
         None if x is None else _to_blocks(x, block) for x in arrays[:2]
