@@ -24,6 +24,7 @@ BLOCK = 128  # on CPU as fast as 64; 256 and 512 are slower and compute more tha
 
 # Dims of blocked arrays: i query blocks of Q queries (`q_iBKGQH`), j key blocks of C keys
 # (`k_jBKCH`).
+Carry = tuple[Array, Array, Array]
 Residuals = tuple[Array, Array, Array, MaskArrays, Array | None, Array, Array]
 
 
@@ -66,7 +67,7 @@ def _forward(
     q_iBKGQH, k_jBKCH, v_jBKCH = (_to_blocks(x, block) for x in (q_BTKGH, k_BSKH, v_BSKH))
     see = _see(core, arrays, block, S)
 
-    def step(carry: tuple[Array, Array, Array], pair: Array) -> tuple[tuple, None]:
+    def step(carry: Carry, pair: Array) -> tuple[Carry, None]:
         o_iBKGQH, top_iBKGQ, total_iBKGQ = carry
         i, j = pair[0], pair[1]
         s = see(core.scores(_at(q_iBKGQH, i), _at(k_jBKCH, j)), i, j)
@@ -81,7 +82,7 @@ def _forward(
 
     zeros_o = jnp.zeros_like(q_iBKGQH, dtype=jnp.float32)
     zeros = jnp.zeros_like(q_iBKGQH[..., 0], dtype=jnp.float32)
-    pairs = block_pairs(core.mask, T, S, block)
+    pairs = jnp.asarray(block_pairs(core.mask, T, S, block))
     (o_iBKGQH, top_iBKGQ, total_iBKGQ), _ = lax.scan(step, (zeros_o, zeros + LOWEST, zeros), pairs)
     total_iBKGQ = jnp.maximum(total_iBKGQ, TINY)
     o_BTKGH = _from_blocks((o_iBKGQH / total_iBKGQ[..., None]).astype(q_BTKGH.dtype), T)
@@ -102,7 +103,7 @@ def _backward(
     delta_iBKGQ = jnp.sum(o_iBKGQH.astype(jnp.float32) * do_iBKGQH.astype(jnp.float32), -1)
     see = _see(core, arrays, block, S)
 
-    def step(carry: tuple[Array, Array, Array], pair: Array) -> tuple[tuple, None]:
+    def step(carry: Carry, pair: Array) -> tuple[Carry, None]:
         dq_iBKGQH, dk_jBKCH, dv_jBKCH = carry
         i, j = pair[0], pair[1]
         q, do, k, v = _at(q_iBKGQH, i), _at(do_iBKGQH, i), _at(k_jBKCH, j), _at(v_jBKCH, j)
@@ -118,8 +119,9 @@ def _backward(
         dv = _at(dv_jBKCH, j) + dv
         return (_put(dq_iBKGQH, dq, i), _put(dk_jBKCH, dk, j), _put(dv_jBKCH, dv, j)), None
 
-    zeros = tuple(jnp.zeros_like(x, dtype=jnp.float32) for x in (q_iBKGQH, k_jBKCH, v_jBKCH))
-    grads, _ = lax.scan(step, zeros, block_pairs(core.mask, T, S, block))
+    like = functools.partial(jnp.zeros_like, dtype=jnp.float32)
+    zeros = (like(q_iBKGQH), like(k_jBKCH), like(v_jBKCH))
+    grads, _ = lax.scan(step, zeros, jnp.asarray(block_pairs(core.mask, T, S, block)))
     dq, dk, dv = (
         _from_blocks(g.astype(dtype), length) for g, length in zip(grads, (T, S, S), strict=True)
     )
