@@ -10,7 +10,7 @@ VENV ?= .venv
 WORKDIR ?= runs/tiny
 STEPS ?=
 TESTS ?= tests
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= -n 2
 
 BIN := $(VENV)/bin
 CONSTRAINTS = constraints-$$($(BIN)/python -c 'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")').txt
@@ -23,8 +23,6 @@ INPUTS := pyproject.toml constraints-3.11.txt constraints-3.12.txt
 quickstart: $(VENV)/installed
 	@echo "== training configs/tiny.py into $(WORKDIR)"
 	@$(BIN)/python train.py --config=configs/tiny.py --workdir=$(WORKDIR) $(if $(STEPS),--config.train.steps=$(STEPS))
-	@echo "== trained. Next, its loss on files that it has not seen:"
-	@echo "   $(BIN)/python evaluate.py --workdir=$(WORKDIR)"
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)

@@ -88,13 +88,25 @@ class Experiment:
         if self.mesh.fsdp > 1:
             parts.append(f"zero {self.parallel.zero}")
         if self.parallel.sequence:
-            idle = "" if self.mesh.tensor > 1 else " (no effect: config.mesh.tensor is 1)"
-            parts.append(f"sequence parallel{idle}")
+            parts.append("sequence parallel")
         parts.append(f"remat {self.remat.policy}")
         precision = self.precision
         same = precision.params == precision.compute
         parts.append(precision.compute if same else f"{precision.params}/{precision.compute}")
         return ", ".join(parts)
+
+    def without_effect(self, backend: str) -> list[str]:
+        """What was asked for and does nothing on this mesh or backend, a sentence each."""
+        notes = []
+        if self.parallel.sequence and self.mesh.tensor == 1:
+            notes.append("config.parallel.sequence has no effect: config.mesh.tensor is 1")
+        if self.remat.offload and backend == "cpu":
+            notes.append("config.remat.offload has no effect: XLA:CPU keeps everything in host memory")
+        if self.precision.accumulate != "float32" and self.train.grad_accumulation == 1:
+            notes.append(
+                "config.precision.accumulate has no effect: config.train.grad_accumulation is 1"
+            )
+        return notes
 
 
 def read_experiment(config: ConfigDict, device_count: int) -> Experiment:

@@ -10,6 +10,9 @@ The workdir gets `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -45,7 +48,8 @@ def main(config: Any, workdir: Path) -> None:
     # --- Config and mesh ---------------------------------------------------------------------------
     keep_compiled()
     experiment = read_experiment(config, jax.device_count())
-    if has_config(workdir):
+    checkpoints = Checkpoints(workdir / "checkpoints", experiment.checkpoint)
+    if checkpoints.latest() is not None and has_config(workdir):
         check_same_run(read_config(workdir), config)
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
@@ -56,6 +60,8 @@ def main(config: Any, workdir: Path) -> None:
         schedule = make_schedule(experiment.optimizer, settings.steps)
         kind, count = jax.devices()[0].device_kind, jax.device_count()
         say(f"devices: {count} x {kind}; {experiment.describe_layout()}")
+        for note in experiment.without_effect(jax.default_backend()):
+            say(f"note: {note}")
 
         # --- Data ----------------------------------------------------------------------------------
         data = open_data(
@@ -67,7 +73,6 @@ def main(config: Any, workdir: Path) -> None:
         # --- State: restored, or drawn from the seed -----------------------------------------------
         if jax.process_index() == 0:
             write_config(workdir, config)
-        checkpoints = Checkpoints(workdir / "checkpoints", experiment.checkpoint)
         start, state = 0, None
         if checkpoints.latest() is not None:
             abstract = abstract_state(model, optimizer, experiment.precision, mesh)
@@ -94,11 +99,11 @@ def main(config: Any, workdir: Path) -> None:
         def run_step(state: Any, batch: dict[str, jax.Array]) -> Any:
             length = batch["tokens"].shape[1]
             if length not in compiled:
-                since = time.perf_counter()
-                compiled[length] = jitted.lower(state, batch).compile()
-                mib = device_bytes(compiled[length]) / 2**20
-                seconds = time.perf_counter() - since
-                say(f"step compiled in {seconds:.1f} s: {mib:,.0f} MiB per device")
+                with metrics.paused():  # not a step's time
+                    since = time.perf_counter()
+                    compiled[length] = jitted.lower(state, batch).compile()
+                    mib, seconds = device_bytes(compiled[length]) / 2**20, time.perf_counter() - since
+                    say(f"step compiled in {seconds:.1f} s: {mib:,.0f} MiB per device")
             return compiled[length](state, batch)
 
         eval_step = jax.jit(
@@ -145,8 +150,8 @@ def main(config: Any, workdir: Path) -> None:
                 f"held-out loss {last['loss']:.4f}, perplexity {last['perplexity']:.2f}, "
                 f"{last['bits_per_byte']:.3f} bits per byte"
             )
-        say(f"done in {time.perf_counter() - began:.0f} s; evaluate it with")
-        say(f"    python evaluate.py --workdir={workdir}")
+        say(f"ended after {time.perf_counter() - began:.0f} s; to evaluate the newest checkpoint:")
+        say(f"    {this_python()} evaluate.py --workdir={workdir}")
 
 
 def check_same_data(saved: str, now: str, workdir: Path) -> None:
@@ -156,6 +161,14 @@ def check_same_data(saved: str, now: str, workdir: Path) -> None:
             f"config.data: the files have changed since --workdir={workdir} was trained (fingerprint "
             f"{saved[:12]}, now {now[:12]}); give the same files, or another --workdir"
         )
+
+
+def this_python() -> str:
+    """How to call the running interpreter from here."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    inside = Path(sys.executable).is_relative_to(Path.cwd())
+    return os.path.relpath(sys.executable) if inside else sys.executable
 
 
 def say(line: str) -> None:

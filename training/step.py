@@ -23,10 +23,10 @@ def loss_and_grads(model: Model, precision: PrecisionConfig, micro_steps: int = 
     """The one interface between a layout and the step.
 
     Returns:
-      (master params, batch, key or None, loss scale) -> (sums, gradients). The sums are float32 means
-      over the tokens of the batch (`loss` and what the model reports); gradients are of the mean,
-      times the loss scale, in `rules.of_gradient`; in compute dtype with one micro-step, else in
-      `precision.accumulate`.
+      (master params, batch, key or None, loss scale) -> (sums, gradients). The sums are float32:
+      `tokens`, and means over them (`loss`, and what the model's loss reports: `nll`, `correct`, `z`).
+      Gradients are of the mean, times the loss scale, in `rules.of_gradient`; in compute dtype with one
+      micro-step, else in `precision.accumulate`.
     """
 
     def of_batch(
@@ -62,7 +62,8 @@ def loss_and_grads(model: Model, precision: PrecisionConfig, micro_steps: int = 
             )
             xs = (split, jnp.arange(micro_steps))
             ((total, aux), grads), _ = jax.lax.scan(micro_step, (zeros, buffer), xs)
-        sums = {"loss": total / scale} | {name: value / scale for name, value in aux.items()}
+        means = {name.removesuffix("_sum"): value / scale for name, value in aux.items()}
+        sums = {"loss": total / scale} | means
         return sums | {"tokens": jnp.sum(counted)}, grads
 
     return of_batch
