@@ -67,10 +67,12 @@ class Experiment:
         batch, micro = self.data.batch_size, self.train.grad_accumulation
         if batch % micro:
             raise ValueError(
-                f"config.data.batch_size = {batch} does not divide by config.train.grad_accumulation = "
-                f"{micro}; choose a multiple of {micro}"
+                f"config.data.batch_size = {batch} does not divide by "
+                f"config.train.grad_accumulation = {micro}; choose a multiple of {micro}"
             )
-        key = "config.data.batch_size" + (f" / config.train.grad_accumulation = {batch} / {micro}" if micro > 1 else "")
+        key = "config.data.batch_size" + (
+            f" / config.train.grad_accumulation = {batch} / {micro}" if micro > 1 else ""
+        )
         dims = self.model.dims() | {
             "batch": (batch // micro, key),
             "residual_seq": (self.data.sequence_length, "config.data.sequence_length"),
@@ -101,7 +103,9 @@ class Experiment:
         if self.parallel.sequence and self.mesh.tensor == 1:
             notes.append("config.parallel.sequence has no effect: config.mesh.tensor is 1")
         if self.remat.offload and backend == "cpu":
-            notes.append("config.remat.offload has no effect: XLA:CPU keeps everything in host memory")
+            notes.append(
+                "config.remat.offload has no effect: XLA:CPU keeps everything in host memory"
+            )
         if self.precision.accumulate != "float32" and self.train.grad_accumulation == 1:
             notes.append(
                 "config.precision.accumulate has no effect: config.train.grad_accumulation is 1"
@@ -135,7 +139,8 @@ def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
     length, longest = experiment.data.sequence_length, experiment.model.max_length
     if length > longest:
         raise ValueError(
-            f"config.data.sequence_length = {length} is longer than config.model.max_length = {longest}"
+            f"config.data.sequence_length = {length} is longer than config.model.max_length = "
+            f"{longest}; shorten it, or raise max_length"
         )
     experiment.rules()
     return experiment

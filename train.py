@@ -45,7 +45,7 @@ def main(config: Any, workdir: Path) -> None:
 
     began = time.perf_counter()
 
-    # --- Config and mesh ---------------------------------------------------------------------------
+    # --- Config and mesh ----------------------------------------------------------------------
     keep_compiled()
     experiment = read_experiment(config, jax.device_count())
     checkpoints = Checkpoints(workdir / "checkpoints", experiment.checkpoint)
@@ -63,14 +63,14 @@ def main(config: Any, workdir: Path) -> None:
         for note in experiment.without_effect(jax.default_backend()):
             say(f"note: {note}")
 
-        # --- Data ----------------------------------------------------------------------------------
+        # --- Data -----------------------------------------------------------------------------
         data = open_data(
             experiment.data, experiment.model.vocab_size, workdir, seed=experiment.seed
         )
         rows = local_rows(mesh, spec, experiment.data.batch_size)
         say(str(data.summary))
 
-        # --- State: restored, or drawn from the seed -----------------------------------------------
+        # --- State: restored, or drawn from the seed ------------------------------------------
         if jax.process_index() == 0:
             write_config(workdir, config)
         start, state = 0, None
@@ -82,9 +82,10 @@ def main(config: Any, workdir: Path) -> None:
         else:
             state = create_state(model, optimizer, experiment.precision, experiment.seed, mesh)
         parameters = sum(p.size for p in jax.tree.leaves(state.params))
-        say(f"model: {parameters:,} parameters (vocabulary padded to {experiment.model.padded_vocab})")
+        padded = experiment.model.padded_vocab
+        say(f"model: {parameters:,} parameters, vocabulary padded to {padded}")
 
-        # --- Step ----------------------------------------------------------------------------------
+        # --- Step -----------------------------------------------------------------------------
         step_fn = make_step(
             model,
             optimizer,
@@ -102,7 +103,10 @@ def main(config: Any, workdir: Path) -> None:
                 with metrics.paused():  # not a step's time
                     since = time.perf_counter()
                     compiled[length] = jitted.lower(state, batch).compile()
-                    mib, seconds = device_bytes(compiled[length]) / 2**20, time.perf_counter() - since
+                    mib, seconds = (
+                        device_bytes(compiled[length]) / 2**20,
+                        time.perf_counter() - since,
+                    )
                     say(f"step compiled in {seconds:.1f} s: {mib:,.0f} MiB per device")
             return compiled[length](state, batch)
 
@@ -114,7 +118,7 @@ def main(config: Any, workdir: Path) -> None:
             with data.held_out(experiment.eval.batches, rows=rows) as loader:
                 return evaluate(eval_step, params, device_batches(loader, mesh, spec))
 
-        # --- Loop ----------------------------------------------------------------------------------
+        # --- Loop -----------------------------------------------------------------------------
         metrics = Metrics(
             workdir,
             experiment.logging,
@@ -158,8 +162,8 @@ def check_same_data(saved: str, now: str, workdir: Path) -> None:
     """Refuses to continue on other data than the checkpoint was trained on."""
     if saved != now:
         raise ValueError(
-            f"config.data: the files have changed since --workdir={workdir} was trained (fingerprint "
-            f"{saved[:12]}, now {now[:12]}); give the same files, or another --workdir"
+            f"config.data: the files have changed since --workdir={workdir} was trained "
+            f"(fingerprint {saved[:12]}, now {now[:12]}); give the same files or another --workdir"
         )
 
 

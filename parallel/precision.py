@@ -1,15 +1,15 @@
 """Dtypes of storage, compute and sums, and the dynamic loss scale that float16 needs.
 
-Master parameters and optimizer moments are kept in `params`, a copy in `compute` feeds the model, and
-gradients of micro-steps are summed in `accumulate`. Softmax, norms, the loss and all its sums are
-float32 whatever the config says; a matmul's partial sums are float32 inside the hardware's unit.
+Master parameters and optimizer moments are kept in `params`, a copy in `compute` feeds the model,
+and gradients of micro-steps are summed in `accumulate`. Softmax, norms, the loss and all its sums
+are float32 whatever the config says; a product's partial sums are so inside the hardware's unit.
 Mixed precision after Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,8 @@ class PrecisionConfig:
         for key in ("params", "compute", "accumulate"):
             if getattr(self, key) not in DTYPES:
                 raise ValueError(
-                    f"config.precision.{key} = {getattr(self, key)!r}: choose one of {', '.join(DTYPES)}"
+                    f"config.precision.{key} = {getattr(self, key)!r}: choose one of "
+                    f"{', '.join(DTYPES)}"
                 )
         if self.params == "float16":
             raise ValueError(
@@ -58,10 +59,10 @@ class PrecisionConfig:
 
 
 class LossScale(NamedTuple):
-    """State of dynamic loss scaling, both scalars: the factor, and the good steps since it changed."""
+    """State of dynamic loss scaling, two scalars: the factor, the good steps since it changed."""
 
-    scale: jax.Array
-    good_steps: jax.Array
+    scale: Any
+    good_steps: Any
 
     @staticmethod
     def init(config: PrecisionConfig) -> LossScale:
@@ -69,7 +70,7 @@ class LossScale(NamedTuple):
         return LossScale(jnp.float32(scale), jnp.int32(0))
 
     def update(self, config: PrecisionConfig, finite: jax.Array) -> LossScale:
-        """Halves after an overflow (never below 1), doubles after `scale_steps` good steps in a row."""
+        """Halves after an overflow, but not below 1; doubles after `scale_steps` good steps."""
         if not config.scaled:
             return self
         good = jnp.where(finite, self.good_steps + 1, 0)

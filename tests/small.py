@@ -65,20 +65,21 @@ class Laid:
         sharding = NamedSharding(self.mesh, self.model.rules.spec("batch seq"))
         return {k: jax.device_put(v, sharding) for k, v in numpy_batch(seed, **shape).items()}
 
-
     def params(self, initial: Any) -> Any:
         """NumPy parameters, laid out at rest."""
         rules = self.model.rules
 
         def place(array: np.ndarray, names: str) -> jax.Array:
-            return jax.device_put(array, NamedSharding(self.mesh, rules.at_rest(names, array.shape)))
+            return jax.device_put(
+                array, NamedSharding(self.mesh, rules.at_rest(names, array.shape))
+            )
 
         return jax.tree.map(place, initial, self.model.axes)
 
 
 @functools.cache
 def initial_params(config: DecoderConfig = DECODER) -> Any:
-    """What the seed gives on one device, as NumPy; drawing it anew in each test would take seconds."""
+    """What the seed gives on one device, as NumPy; drawn once, since that takes seconds."""
     with layout(config=config) as laid:
         return jax.tree.map(np.asarray, jax.jit(laid.model.init)(jax.random.key(0)))
 

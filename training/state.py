@@ -29,11 +29,11 @@ class TrainState(NamedTuple):
       skipped: int32, updates skipped because their gradient was not finite.
     """
 
-    step: jax.Array
+    step: Any  # an array; in trees that describe the state its PartitionSpec or shape
     params: Tree
     opt_state: Tree
     loss_scale: LossScale
-    skipped: jax.Array
+    skipped: Any
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The step: a pure function (state, batch) -> (state, metrics), compiled once, its state donated."""
+"""The step: a pure function (state, batch) -> (state, metrics), compiled once, state donated."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def loss_and_grads(model: Model, precision: PrecisionConfig, micro_steps: int = 
 
     Returns:
       (master params, batch, key or None, loss scale) -> (sums, gradients). The sums are float32:
-      `tokens`, and means over them (`loss`, and what the model's loss reports: `nll`, `correct`, `z`).
-      Gradients are of the mean, times the loss scale, in `rules.of_gradient`; in compute dtype with one
-      micro-step, else in `precision.accumulate`.
+      `tokens`, and means over them (`loss` and what the model's loss reports: `nll`, `correct`,
+      `z`). Gradients are of the mean, times the loss scale, divided as `rules.of_gradient`; in
+      compute dtype with one micro-step, else in `precision.accumulate`.
     """
 
     def of_batch(
@@ -58,7 +58,7 @@ def loss_and_grads(model: Model, precision: PrecisionConfig, micro_steps: int = 
 
             zeros = jax.tree.map(
                 lambda s: jnp.zeros(s.shape, s.dtype),
-                jax.eval_shape(lambda: loss(leaves, *jax.tree.map(lambda a: a[0], split), key)),
+                jax.eval_shape(loss, leaves, *jax.tree.map(lambda a: a[0], split), key),
             )
             xs = (split, jnp.arange(micro_steps))
             ((total, aux), grads), _ = jax.lax.scan(micro_step, (zeros, buffer), xs)

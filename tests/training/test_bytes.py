@@ -12,7 +12,7 @@ import pytest
 
 from parallel.precision import PrecisionConfig
 from tests.hlo import collectives, per_layer
-from tests.small import B, DECODER, T, initial_params, layout
+from tests.small import DECODER, B, T, initial_params, layout
 from training.state import abstract_state
 from training.step import loss_and_grads, make_step
 
@@ -69,10 +69,12 @@ def test_only_the_copy_in_compute_dtype_is_replicated_at_levels_1_and_2():
         with layout(fsdp=8, zero=zero, rows=8, length=8, **WIDE) as laid:
             temporaries[zero] = compiled_grads(laid, rows=8, length=8).memory_analysis()
     size = 4 * wide_count()
-    whole = lambda zero: temporaries[zero].temp_size_in_bytes + temporaries[zero].output_size_in_bytes
-    # Level 1 gathers a whole copy, which at level 0 is the argument itself; level 2 gives back a whole
-    # gradient less its part; level 3 the whole copy. A tenth is left for the layer at work and for
-    # buffers that share memory in another way.
+    whole = lambda zero: (
+        temporaries[zero].temp_size_in_bytes + temporaries[zero].output_size_in_bytes
+    )
+    # Level 1 gathers a whole copy, which at level 0 is the argument itself; level 2 gives back a
+    # whole gradient less its part; level 3 the whole copy. A tenth is left for the layer at work and
+    # for buffers that share memory in another way.
     assert whole(1) - whole(0) == pytest.approx(size, rel=0.1)
     assert whole(1) - whole(2) == pytest.approx(7 / 8 * size, rel=0.1)
     assert whole(2) - whole(3) == pytest.approx(size, rel=0.1)
@@ -117,9 +119,10 @@ def test_tensor_parallel_weights_are_divided():
 
 @pytest.mark.parametrize(("remat", "backward"), [("none", 2), ("full", 3)])
 def test_all_reduces_of_a_layer(remat, backward):
-    """Megatron's count, the attention core aside: after each row-divided product one in the forward
-    pass, before each column-divided one in the backward pass; recomputation repeats one, since the
-    last product of a block is not needed again."""
+    """Megatron's count: after each row-divided product in the forward pass, and before each
+    column-divided one in the backward pass. Recomputation repeats one, since the last product of a
+    block is not needed again.
+    """
     with layout(tensor=8, kv_heads=8, remat=remat, **PLAIN) as laid:
         loops = per_layer(compiled_grads(laid).as_text(), (B, T, DECODER.embed_dim))
     assert sorted(sum(loop.values()) for loop in loops) == [2, backward]
@@ -127,8 +130,11 @@ def test_all_reduces_of_a_layer(remat, backward):
 
 
 def test_sequence_parallel_pairs():
-    """Each all-reduce becomes a reduce-scatter and an all-gather. XLA:CPU writes a reduce-scatter as
-    an all-reduce of which each device keeps its slice; TPU and GPU compilers make it one operation."""
+    """Each all-reduce becomes a reduce-scatter and an all-gather.
+
+    XLA:CPU writes a reduce-scatter as an all-reduce of which each device keeps its slice; the TPU and
+    GPU compilers make it one operation.
+    """
     with layout(tensor=8, kv_heads=8, sequence=True, **PLAIN) as laid:
         loops = per_layer(compiled_grads(laid).as_text(), (B, T, DECODER.embed_dim))
     for loop in loops:

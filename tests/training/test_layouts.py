@@ -1,4 +1,4 @@
-"""Every layout computes the same thing: gradients, loss curves and parameters against one device."""
+"""Every layout computes the same: gradients, loss curves and parameters against one device."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from training.step import loss_and_grads
 
 STEPS = 10
 FLOAT32 = PrecisionConfig()
-# fp32 sums in another order differ by about 1e-7 of the largest term; over a network's depth and ten
-# steps that grows to 1e-6 (FACTS of the field: 7e-7 over 12 steps). 1e-5 leaves a factor of ten.
+# fp32 sums in another order differ by about 1e-7 of the largest term; over a network's depth and
+# ten steps that grows to 1e-6 (FACTS of the field: 7e-7 over 12 steps). 1e-5 leaves a factor of ten.
 TOLERANCE = 1e-5
 
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
 
 
 def cells():
-    """The ten factorisations x ZeRO x sequence, less those in which the knob has nothing to divide."""
+    """The ten factorisations x ZeRO x sequence, less those where a knob divides nothing."""
     for data, fsdp, tensor in MESHES:
         for zero in (0, 1, 2, 3) if fsdp > 1 else (0,):
             for sequence in (False, True) if tensor > 1 else (False,):
@@ -68,7 +68,9 @@ def one_device():
 
 
 def norm(tree) -> float:
-    return float(np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree))))
+    return float(
+        np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree)))
+    )
 
 
 def assert_close_by_norm(got, want):
