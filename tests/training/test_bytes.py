@@ -73,8 +73,8 @@ def test_only_the_copy_in_compute_dtype_is_replicated_at_levels_1_and_2():
         temporaries[zero].temp_size_in_bytes + temporaries[zero].output_size_in_bytes
     )
     # Level 1 gathers a whole copy, which at level 0 is the argument itself; level 2 gives back a
-    # whole gradient less its part; level 3 the whole copy. A tenth is left for the layer at work and
-    # for buffers that share memory in another way.
+    # whole gradient less its part; level 3 the whole copy. A tenth is left for the layer at work
+    # and for buffers that share memory in another way.
     assert whole(1) - whole(0) == pytest.approx(size, rel=0.1)
     assert whole(1) - whole(2) == pytest.approx(7 / 8 * size, rel=0.1)
     assert whole(2) - whole(3) == pytest.approx(size, rel=0.1)
@@ -132,8 +132,8 @@ def test_all_reduces_of_a_layer(remat, backward):
 def test_sequence_parallel_pairs():
     """Each all-reduce becomes a reduce-scatter and an all-gather.
 
-    XLA:CPU writes a reduce-scatter as an all-reduce of which each device keeps its slice; the TPU and
-    GPU compilers make it one operation.
+    XLA:CPU writes a reduce-scatter as an all-reduce of which each device keeps its slice; the TPU
+    and GPU compilers make it one operation.
     """
     with layout(tensor=8, kv_heads=8, sequence=True, **PLAIN) as laid:
         loops = per_layer(compiled_grads(laid).as_text(), (B, T, DECODER.embed_dim))

@@ -19,7 +19,7 @@ from training.step import loss_and_grads
 STEPS = 10
 FLOAT32 = PrecisionConfig()
 # fp32 sums in another order differ by about 1e-7 of the largest term; over a network's depth and
-# ten steps that grows to 1e-6 (FACTS of the field: 7e-7 over 12 steps). 1e-5 leaves a factor of ten.
+# ten steps that grows to about 1e-6; 1e-5 leaves a factor of ten.
 TOLERANCE = 1e-5
 
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
