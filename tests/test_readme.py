@@ -77,3 +77,11 @@ def test_make_test_passes_tests(clone, variables):
     done = shell(f"{readme_commands()[1]} TESTS=tests/test_imports.py {variables}", clone)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout)
+
+
+def test_the_map_names_every_file():
+    rooms = ("parallel", "models", "data", "training", "configs", "benchmarks")
+    files = [*ROOT.glob("*.py"), *(f for room in rooms for f in (ROOT / room).glob("*.py"))]
+    names = {str(f.relative_to(ROOT)) for f in files if f.name != "__init__.py"}
+    mapped = re.findall(r"^\| `(\S+\.py)` \|", (ROOT / "README.md").read_text(), re.M)
+    assert sorted(mapped) == sorted(names)
