@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from models.positions import SCALINGS, RopeConfig
+
 VOCAB_MULTIPLE = 128  # the padded vocabulary divides over any tensor axis up to 128
 CHOICES = {
     "family": ("decoder",),
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post", "sandwich"),
     "positions": ("rope", "learned", "sinusoidal", "none"),
-    "rope_scaling": ("none", "linear", "llama3"),
+    "rope_scaling": SCALINGS,
     "activation": ("gelu", "gelu_tanh", "silu", "relu"),
     "attention": ("auto", "xla", "blocked", "cudnn"),
 }
@@ -26,7 +28,8 @@ class DecoderConfig:
       norm_plus_one: gains are stored minus one (Gemma).
       max_length: longest sequence; the size of a learned position table.
       rope_local_theta: theta of the local layers of `pattern` (0: the same as rope_theta).
-      rope_scaling: none, linear or llama3; the other rope_ keys are its figures (`models.positions`).
+      rope_scaling: none, linear or llama3; the other rope_ keys are its figures
+        (`models.positions`).
       gated: SwiGLU (silu) or GeGLU (gelu) instead of a plain feed-forward.
       query_scale: factor of the attention logits; 0 means head_dim ** -0.5.
       attention_softcap, logit_softcap: x -> cap * tanh(x / cap); 0 means none.
@@ -83,7 +86,8 @@ class DecoderConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"config.model.{name} = {getattr(self, name)!r}: choose one of {', '.join(choices)}"
+                    f"config.model.{name} = {getattr(self, name)!r}: choose one of "
+                    f"{', '.join(choices)}"
                 )
         sizes = ("vocab_size", "layers", "embed_dim", "mlp_dim", "heads", "kv_heads", "head_dim")
         for name in (*sizes, "max_length", "unroll"):
@@ -94,12 +98,23 @@ class DecoderConfig:
                 f"config.model.kv_heads = {self.kv_heads} does not divide config.model.heads = "
                 f"{self.heads}; every K/V head serves an equal group of heads"
             )
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"config.model.head_dim = {self.head_dim}: rotary positions want an even one")
+        if self.positions == "rope":
+            self.rope(local=False).frequencies(self.head_dim)  # refuses what cannot be
+        if self.positions == "sinusoidal" and self.embed_dim % 2:
+            raise ValueError(
+                f"config.model.embed_dim = {self.embed_dim}: sinusoidal positions come in pairs; "
+                f"choose an even one"
+            )
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config.model.{name} = {getattr(self, name)}: in [0, 1)")
-        for name in ("window", "attention_softcap", "logit_softcap", "query_scale", "rope_local_theta"):
+        for name in (
+            "window",
+            "attention_softcap",
+            "logit_softcap",
+            "query_scale",
+            "rope_local_theta",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"config.model.{name} = {getattr(self, name)}: 0 (off) or more")
         for name in ("norm_eps", "init_std", "rope_theta"):
@@ -111,14 +126,28 @@ class DecoderConfig:
             )
         if ("local" in self.pattern) != (self.window > 0):
             raise ValueError(
-                f"config.model.window = {self.window} and config.model.pattern = {list(self.pattern)}: "
-                f"a window wants 'local' layers in the pattern, and they want a window"
+                f"config.model.window = {self.window} and config.model.pattern = "
+                f"{list(self.pattern)}: a window wants 'local' layers in the pattern, and they "
+                f"want a window"
             )
         if self.rope_local_theta and "local" not in self.pattern:
             raise ValueError(
-                f"config.model.rope_local_theta = {self.rope_local_theta}: there is no 'local' layer in "
-                f"config.model.pattern"
+                f"config.model.rope_local_theta = {self.rope_local_theta}: there is no 'local' "
+                f"layer in config.model.pattern"
             )
+
+    def rope(self, *, local: bool) -> RopeConfig:
+        """The rotary positions of a local or a global layer."""
+        if local and self.rope_local_theta:  # Gemma 3 scales the global layers alone
+            return RopeConfig(theta=self.rope_local_theta)
+        return RopeConfig(
+            theta=self.rope_theta,
+            scaling=self.rope_scaling,
+            factor=self.rope_factor,
+            low_freq_factor=self.rope_low_freq_factor,
+            high_freq_factor=self.rope_high_freq_factor,
+            original_length=self.rope_original_length,
+        )
 
     @property
     def padded_vocab(self) -> int:

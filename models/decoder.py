@@ -1,7 +1,8 @@
 """The decoder: embedding, stack of blocks, final norm; its table or its own head gives the logits.
 
 From GPT-2 (Radford et al. 2019) to Llama 3 (https://arxiv.org/abs/2407.21783), Qwen 3
-(https://arxiv.org/abs/2505.09388) and Gemma 3 (https://arxiv.org/abs/2503.19786) by `DecoderConfig`.
+(https://arxiv.org/abs/2505.09388) and Gemma 3 (https://arxiv.org/abs/2503.19786), by
+`DecoderConfig`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Decoder(nnx.Module):
         init = normal(config.init_std)
         self.config, self.rules = config, rules
         self.embedding = weight(rngs, (V, D), "vocab -> embed", rules, init)
-        self.head_weight = None if config.tied else weight(rngs, (D, V), "embed -> vocab", rules, init)
+        self.head_weight = (
+            None if config.tied else weight(rngs, (D, V), "embed -> vocab", rules, init)
+        )
         self.position = (
             weight(rngs, (config.max_length, D), "position -> embed", rules, init)
             if config.positions == "learned"
@@ -59,7 +62,9 @@ class Decoder(nnx.Module):
         )
         # Post-norm blocks end in a norm already.
         self.final_norm = (
-            Norm(D, rules, rngs, kind=config.norm, eps=config.norm_eps, plus_one=config.norm_plus_one)
+            Norm(
+                D, rules, rngs, kind=config.norm, eps=config.norm_eps, plus_one=config.norm_plus_one
+            )
             if config.norm_position != "post"
             else None
         )
@@ -81,7 +86,8 @@ class Decoder(nnx.Module):
             x_BTD = x_BTD + take(gathered(self.position, rules), rows.positions, rules)
         if config.positions == "sinusoidal":
             x_BTD = x_BTD + jax.reshard(
-                sinusoidal(rows.positions, config.embed_dim).astype(x_BTD.dtype), rules.spec(RESIDUAL)
+                sinusoidal(rows.positions, config.embed_dim).astype(x_BTD.dtype),
+                rules.spec(RESIDUAL),
             )
         x_BTD = dropout(x_BTD, config.dropout, embed_key, rules, RESIDUAL)
 
@@ -109,7 +115,7 @@ def take(table_VD: jax.Array, index_BT: jax.Array, rules: Rules) -> jax.Array:
 
 
 def logical_axes(abstract: nnx.State) -> Any:
-    """The tree of logical axis strings of a model's parameters; stacked ones begin with `layers`."""
+    """The tree of logical axis strings of the parameters; stacked ones begin with `layers`."""
 
     def axes(path: tuple[Any, ...], param: nnx.Variable) -> str:
         return f"layers {param.axes}" if STACKED in path else param.axes
@@ -118,7 +124,7 @@ def logical_axes(abstract: nnx.State) -> Any:
     tree: dict[str, Any] = {}
     for path, names in flat:
         at = tree
-        for part in path[:-1]:
+        for part in map(str, path[:-1]):
             at = at.setdefault(part, {})
-        at[path[-1]] = names
+        at[str(path[-1])] = names
     return tree

@@ -10,7 +10,15 @@ import jax
 from flax import nnx
 
 from models.config import DecoderConfig
-from models.layers import ACTIVATIONS, broadcast_to_rank, constant, gathered, normal, residual_std, weight
+from models.layers import (
+    ACTIVATIONS,
+    broadcast_to_rank,
+    constant,
+    gathered,
+    normal,
+    residual_std,
+    weight,
+)
 from parallel.einsum import einsum, einsums
 from parallel.remat import tag
 from parallel.rules import Rules

@@ -16,16 +16,16 @@ def matrix_parameters(config: DecoderConfig) -> int:
 def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     """Floating-point operations of forward and backward for one token, rematerialisation left out.
 
-    6 for each weight of a matrix, 12 N H a visible key in attention; causality halves the keys of a
-    global layer, which most papers (PaLM, appendix B, https://arxiv.org/abs/2204.02311) do not count:
-    their MFU is higher for long sequences. Norms, softmax and nonlinearities are left out (below 1%
-    from D = 1024 on).
+    6 for each weight of a matrix, 12 N H for each key that a query sees. Causality halves the keys,
+    which most papers (PaLM, appendix B, https://arxiv.org/abs/2204.02311) do not count: their MFU
+    is higher for long sequences. Norms, softmax and nonlinearities are left out (below 1% from
+    D = 1024 on).
     """
     keys = 0.0
     for layer in range(config.layers):
         local = config.pattern[layer % len(config.pattern)] == "local"
         window = min(config.window, sequence_length) if local else sequence_length
-        # Query t sees min(t, window) keys.
-        keys += window - window * (window - 1) / (2 * sequence_length) if local else sequence_length / 2
+        # The mean over t = 1 ... T of min(t, window), the keys that query t sees.
+        keys += window - window * (window - 1) / (2 * sequence_length)
     attention = 12 * config.heads * config.head_dim * keys
     return 6 * matrix_parameters(config) + attention

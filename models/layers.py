@@ -1,7 +1,7 @@
 """Parts of every block: weights with logical names, norms, dropout, nonlinearities.
 
-Models are single-device code plus logical axis names. A `Param` carries its axes string as metadata;
-the initialiser lays it out at rest, so no device ever holds a whole one that is divided.
+Models are single-device code plus logical axis names. A `Param` carries its axes string as
+metadata; the initialiser lays it out at rest, so no device ever holds a whole one that is divided.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def normal(std: float) -> Initializer:
     """Samples of N(0, std^2), laid out by `out_sharding`."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any, out_sharding: Any) -> jax.Array:
-        return jax.random.normal(key, shape, dtype, out_sharding=out_sharding) * jnp.asarray(std, dtype)
+        sample = jax.random.normal(key, shape, dtype, out_sharding=out_sharding)
+        return sample * jnp.asarray(std, dtype)
 
     return init
 
@@ -60,8 +61,8 @@ def broadcast_to_rank(vector: jax.Array, ndim: int) -> jax.Array:
 
 
 class Norm(nnx.Module):
-    """RMSNorm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467) or LayerNorm (Ba et al. 2016,
-    https://arxiv.org/abs/1607.06450) over the last dim, computed in float32.
+    """RMSNorm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467) or LayerNorm (Ba et al.
+    2016, https://arxiv.org/abs/1607.06450) over the last dim, computed in float32.
 
     Args:
       dim: size of the last dim.
@@ -99,7 +100,9 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None, rules: Rules, names: str) -> jax.Array:
+def dropout(
+    x: jax.Array, rate: float, key: jax.Array | None, rules: Rules, names: str
+) -> jax.Array:
     """Zeroes elements with probability `rate` and scales the rest; the identity without a key.
 
     The mask is drawn for the global array, so it does not depend on the layout.
@@ -119,5 +122,5 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def residual_std(std: float, layers: int) -> float:
-    """Standard deviation of projections into the residual stream, which 2L of them add to (GPT-2)."""
+    """Standard deviation of the 2L projections that add to the residual stream (GPT-2)."""
     return std / math.sqrt(2 * layers)

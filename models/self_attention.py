@@ -22,7 +22,7 @@ from models.layers import (
     weight,
 )
 from models.masks import Mask, MaskArrays
-from models.positions import RopeConfig, rotate
+from models.positions import rotate
 from parallel.einsum import einsum, einsums
 from parallel.remat import tag
 from parallel.rules import Rules
@@ -47,7 +47,9 @@ class SelfAttention(nnx.Module):
         biased = config.qkv_bias
         self.query_bias = weight(rngs, (N, H), "heads head_dim", rules, zeros) if biased else None
         self.key_bias = weight(rngs, (K, H), "kv_heads head_dim", rules, zeros) if biased else None
-        self.value_bias = weight(rngs, (K, H), "kv_heads head_dim", rules, zeros) if biased else None
+        self.value_bias = (
+            weight(rngs, (K, H), "kv_heads head_dim", rules, zeros) if biased else None
+        )
         self.out_bias = (
             weight(rngs, (D,), "norm", rules, zeros) if config.attention_out_bias else None
         )
@@ -94,17 +96,7 @@ class SelfAttention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if config.positions == "rope":
-            theta = (config.rope_local_theta if local else 0.0) or config.rope_theta
-            # Gemma 3 scales the frequencies of global layers alone.
-            scaling = "none" if local and config.rope_local_theta else config.rope_scaling
-            rope = RopeConfig(
-                theta=theta,
-                scaling=scaling,
-                factor=config.rope_factor,
-                low_freq_factor=config.rope_low_freq_factor,
-                high_freq_factor=config.rope_high_freq_factor,
-                original_length=config.rope_original_length,
-            )
+            rope = config.rope(local=local)
             q_BTNH, k_BTKH = rotate(q_BTNH, positions_BT, rope), rotate(k_BTKH, positions_BT, rope)
         q_BTNH, k_BTKH, v_BTKH = tag(q_BTNH, "query"), tag(k_BTKH, "key"), tag(v_BTKH, "value")
 

@@ -14,7 +14,8 @@ from flax import nnx
 
 from parallel.remat import RematConfig, remat
 
-STACKED = "blocks"  # the attribute of a Stack, and the name in a checkpoint, below which arrays are [L, ...]
+# The attribute of a Stack, and the name in a checkpoint, below which arrays are [L, ...].
+STACKED = "blocks"
 
 
 class Stack(nnx.Module):
@@ -67,34 +68,35 @@ class Stack(nnx.Module):
         graph, state = nnx.split(self.blocks)
         weights = nnx.to_pure_dict(state)
 
-        def run_layer(carry: Any, weights: Any, index: jax.Array, kind: Any) -> Any:
+        def run_layer(carry: Any, xs: tuple[Any, Any], kind: Any, looped: bool) -> Any:
             def layer(carry: Any, weights: Any, index: jax.Array) -> Any:
                 layer_key = None if key is None else jax.random.fold_in(key, index)
                 return apply(nnx.merge(graph, weights), carry, layer_key, kind)
 
-            return remat(layer, self.remat)(carry, weights, index)
+            return remat(layer, self.remat, looped=looped)(carry, *xs)
 
         period, indices = len(self.pattern), jnp.arange(self.layers)
+        periods, left = divmod(self.layers, period)
+        looped = periods > self.unroll  # else the scan is no loop in the compiled program
         if period == 1:
             (kind,) = self.pattern
 
             def body(carry: Any, xs: tuple[Any, jax.Array]) -> tuple[Any, None]:
-                return run_layer(carry, *xs, kind), None
+                return run_layer(carry, xs, kind, looped), None
 
             carry, _ = jax.lax.scan(body, carry, (weights, indices), unroll=self.unroll)
             return carry
 
         def body_of_period(carry: Any, xs: tuple[Any, jax.Array]) -> tuple[Any, None]:
             for i, kind in enumerate(self.pattern):
-                carry = run_layer(carry, *jax.tree.map(lambda a, i=i: a[i], xs), kind)
+                carry = run_layer(carry, jax.tree.map(lambda a, i=i: a[i], xs), kind, looped)
             return carry, None
 
-        periods, left = divmod(self.layers, period)
         xs = jax.tree.map(lambda a: split_periods(a, periods, period), (weights, indices))
         carry, _ = jax.lax.scan(body_of_period, carry, xs, unroll=self.unroll)
         for i in range(self.layers - left, self.layers):
             one = jax.tree.map(lambda a, i=i: a[i], (weights, indices))
-            carry = run_layer(carry, *one, self.pattern[i % period])
+            carry = run_layer(carry, one, self.pattern[i % period], looped=False)
         return carry
 
 

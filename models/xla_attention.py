@@ -61,7 +61,9 @@ def xla_attention(
     dropout_key: Array | None,
     core: Core,
 ) -> Array:
-    """o_BTKGH. The residuals are q, k, v and "attention_probs", in the dtype of q."""
+    """o_BTKGH, named "attention_out". The residuals are q, k, v and "attention_probs", in the dtype
+    of q.
+    """
     q_BKGTH = jnp.transpose(q_BTKGH, (0, 2, 3, 1, 4))
     k_BKSH, v_BKSH = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k_BSKH, v_BSKH))
     seen = None
@@ -71,7 +73,7 @@ def xla_attention(
     p_BKGTS = _probabilities(q_BKGTH, k_BKSH, seen, core)
     p_BKGTS = core.dropper(dropout_key, p_BKGTS)(p_BKGTS)
     o_BKGTH = jnp.einsum("bkgts,bksh->bkgth", p_BKGTS, v_BKSH)
-    return jnp.transpose(o_BKGTH, (0, 3, 1, 2, 4))
+    return checkpoint_name(jnp.transpose(o_BKGTH, (0, 3, 1, 2, 4)), "attention_out")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -1,1 +1,1 @@
-"""Floor 0: meshes, sharding rules, precision, rematerialisation, processes. Knows nothing of models or data."""
+"""Floor 0: meshes, sharding rules, precision, rematerialisation, processes; no models, no data."""

@@ -12,16 +12,17 @@ import jax
 def keep_compiled() -> None:
     """Keeps compiled programs in a folder of the user, so that a second start does not compile.
 
-    The folder is $JAX_COMPILATION_CACHE_DIR, or meshwright/compiled under $XDG_CACHE_HOME or ~/.cache.
+    The folder is $JAX_COMPILATION_CACHE_DIR, or meshwright/compiled under $XDG_CACHE_HOME or
+    ~/.cache.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "meshwright" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def device_bytes(compiled: Any) -> int:
-    """Bytes per device that a compiled program needs: arguments + outputs + temporaries - aliases."""
+    """Bytes per device of a compiled program: arguments + outputs + temporaries - aliases."""
     m = compiled.memory_analysis()
     return int(
         m.argument_size_in_bytes

@@ -3,9 +3,10 @@
 Quantised and low-rank weights plug in here: the door is where a weight's form is known.
 
 Two things are decided here instead of being left to the compiler. A weight divided over fsdp is
-gathered where it is used, in the forward and again in the backward pass, and only the divided one is
-kept in between. And where one input feeds several products (q, k and v; gate and up), the partial
-gradients of the input are summed on each device before one reduction over `tensor`, not one each.
+gathered where it is used, in the forward and again in the backward pass, and only the divided one
+is kept in between. And where one input feeds several products (q, k and v; gate and up), the
+partial gradients of the input are summed on each device before one reduction over `tensor`, not one
+each.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _backward(
         return jax.reshard(g, P(*spec))
 
     cotangents = [aligned(g, out) for g, out in zip(cotangents, outs, strict=True)]
-    sums: dict[frozenset[str], jax.Array] = {}  # partial gradients by the axes they are partial over
+    sums: dict[frozenset[str], jax.Array] = {}  # by the axes that the gradients are partial over
     for g, w, out in zip(cotangents, weights, outs, strict=True):
         over = _axes_of([d for d in result if d not in x_dims], result, out)
         spec = P(*layout, unreduced=set(over)) if over else layout

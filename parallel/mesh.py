@@ -17,7 +17,7 @@ NOT_BUILT_YET = ("pipe", "context", "expert")
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes (`config.mesh`); at most one is -1 and takes the devices that are left."""
+    """Sizes of the mesh axes (`config.mesh`); one may be -1 and takes the devices that are left."""
 
     data: int = -1
     fsdp: int = 1
@@ -32,12 +32,14 @@ class MeshConfig:
                 raise ValueError(f"config.mesh.{name} = {size}: an axis size is at least 1, or -1")
             if name in NOT_BUILT_YET and size != 1:
                 raise ValueError(
-                    f"config.mesh.{name} = {size}: {name} parallelism is not built yet; only 1 is right"
+                    f"config.mesh.{name} = {size}: {name} parallelism is not built yet; only 1 is "
+                    f"right"
                 )
         free = [name for name, size in self.sizes().items() if size == -1]
         if len(free) > 1:
             raise ValueError(
-                f"config.mesh.{free[1]} = -1: config.mesh.{free[0]} is -1 already; only one axis may be"
+                f"config.mesh.{free[1]} = -1: config.mesh.{free[0]} is -1 already; only one axis "
+                f"may be"
             )
 
     def sizes(self) -> dict[str, int]:
@@ -63,8 +65,8 @@ class MeshConfig:
                 return dataclasses.replace(self, **{axis: device_count // fixed})
         if fixed != device_count:
             raise ValueError(
-                f"config.mesh = {shown} needs {fixed} devices, but there are {device_count}; make the "
-                f"product {device_count}, or set one axis to -1"
+                f"config.mesh = {shown} needs {fixed} devices, but there are {device_count}; make "
+                f"the product {device_count}, or set one axis to -1"
             )
         return self
 

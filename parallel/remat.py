@@ -41,7 +41,8 @@ DOTS = (
     "mlp_up",
     "mlp_projection",
 )
-CORE = ("attention_probs", "attention_lse", "attention_out")  # what a recomputed attention core drops
+# What a recomputed attention core drops.
+CORE = ("attention_probs", "attention_lse", "attention_out")
 
 PRESETS: dict[str, tuple[str, ...] | None] = {
     "none": None,  # no rematerialisation
@@ -80,16 +81,19 @@ class RematConfig:
             for name in names:
                 if name not in TENSORS:
                     raise ValueError(
-                        f"config.remat.{key} names {name!r}: no such tensor; there are {', '.join(TENSORS)}"
+                        f"config.remat.{key} names {name!r}: no such tensor; there are "
+                        f"{', '.join(TENSORS)}"
                     )
         both = set(self.save) & set(self.offload)
         if both:
             raise ValueError(
-                f"config.remat.offload names {sorted(both)[0]!r}, which config.remat.save names too; "
-                f"a tensor is kept in one place"
+                f"config.remat.offload names {sorted(both)[0]!r}, which config.remat.save names "
+                f"too; a tensor is kept in one place"
             )
         if self.policy == "custom" and not self.save and not self.offload:
-            raise ValueError("config.remat.policy = 'custom' saves nothing: name tensors or use 'full'")
+            raise ValueError(
+                "config.remat.policy = 'custom' saves nothing: name tensors or use 'full'"
+            )
 
 
 def tag(x: jax.Array, name: str) -> jax.Array:
@@ -98,8 +102,10 @@ def tag(x: jax.Array, name: str) -> jax.Array:
     return checkpoint_name(x, name)
 
 
-def remat(block: Callable[..., Any], config: RematConfig) -> Callable[..., Any]:
-    """`block` under the policy; use it as the body of a `lax.scan` (XLA:CPU ignores it elsewhere)."""
+def remat(
+    block: Callable[..., Any], config: RematConfig, *, looped: bool = True
+) -> Callable[..., Any]:
+    """`block` under the policy; XLA:CPU ignores it where it is not `looped` by a `lax.scan`."""
     if config.policy == "none":
         return block
     if config.offload:
@@ -113,5 +119,5 @@ def remat(block: Callable[..., Any], config: RematConfig) -> Callable[..., Any]:
         names = config.save if config.policy == "custom" else PRESETS[config.policy]
         assert names is not None
         policy = jax.checkpoint_policies.save_only_these_names(*names)
-    # Inside a scan the loop already keeps XLA from merging the two computations.
-    return jax.checkpoint(block, policy=policy, prevent_cse=False)
+    # A loop keeps XLA from merging the two computations; elsewhere JAX must.
+    return jax.checkpoint(block, policy=policy, prevent_cse=not looped)

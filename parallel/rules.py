@@ -4,9 +4,9 @@ Models declare every parameter and activation with logical names; this table say
 divide each. Parameter names and activation names differ, so that FSDP may divide a weight's `embed`
 without dividing the activations' `act_embed`.
 
-A parameter is declared as `"embed -> heads head_dim"`: the dims before the arrow are contracted, the
-rest are produced. Vectors (gains, biases) have no arrow. Stacked layers put `layers` first; that axis
-is scanned and carries no mesh axis.
+A parameter is declared as `"embed -> heads head_dim"`: the dims before the arrow are contracted,
+the rest are produced. Vectors (gains, biases) have no arrow. Stacked layers put `layers` first;
+that axis is scanned and carries no mesh axis.
 
 ZeRO (`config.parallel.zero`, over the fsdp axis; Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054):
 
@@ -168,8 +168,8 @@ class Rules:
         twice = sorted({axis for axis in used if used.count(axis) > 1})
         if twice:
             raise ValueError(
-                f"config.parallel.rules: '{names}' would be divided twice over mesh axis {twice[0]}; "
-                f"give its dims different axes"
+                f"config.parallel.rules: '{names}' would be divided twice over mesh axis "
+                f"{twice[0]}; give its dims different axes"
             )
         return P(*[axes[0] if len(axes) == 1 else (axes or None) for axes in parts])
 

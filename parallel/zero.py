@@ -1,9 +1,10 @@
-"""From master parameters at rest to the copy in compute dtype that the model is given, by ZeRO level.
+"""From master parameters at rest to the copy in compute dtype for the model, by ZeRO level.
 
-Level 3 gives the model divided weights: a contraction gathers the weight it needs, and autodiff keeps
-the divided one as residual. Levels 1 and 2 gather everything once a step. At level 2 gradients must
-still leave each layer divided: resharding the whole gradient afterwards would hold it whole first, so
-a weight travels as a `Twin` whose gradient goes to the divided half, inside the scanned layer.
+Level 3 gives the model divided weights: a contraction gathers the weight it needs, and autodiff
+keeps the divided one as residual. Levels 1 and 2 gather everything once a step. At level 2 the
+gradients must still leave each layer divided: resharding the whole gradient afterwards would hold
+it whole first, so a weight travels as a `Twin` whose gradient goes to the divided half, inside the
+scanned layer.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def for_model(
       dtype: compute dtype.
 
     Returns:
-      (leaves, build): differentiate a function of `leaves`; `build(leaves)` is what the model takes.
-      The gradients come out as `rules.of_gradient` says, in `dtype`.
+      (leaves, build): differentiate a function of `leaves`; `build(leaves)` is what the model
+      takes. The gradients come out as `rules.of_gradient` says, in `dtype`.
     """
     cast = jax.tree.map(lambda p: p.astype(dtype), params)
 
@@ -90,8 +91,6 @@ def zeros_like_gradients(params: Tree, axes: Tree, rules: Rules, dtype: str) -> 
     """A buffer to sum gradients in, divided as `rules.of_gradient`."""
 
     def zeros(array: jax.Array, names: str) -> jax.Array:
-        return jnp.zeros(
-            array.shape, dtype, out_sharding=rules.of_gradient(names, array.shape)
-        )
+        return jnp.zeros(array.shape, dtype, out_sharding=rules.of_gradient(names, array.shape))
 
     return jax.tree.map(zeros, params, axes)
