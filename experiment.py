@@ -14,7 +14,7 @@ from parallel.precision import PrecisionConfig
 from parallel.remat import RematConfig
 from parallel.rules import ParallelConfig, Rules, make_rules
 from training.checkpoint import CheckpointConfig
-from training.evaluation import EvalConfig
+from training.evaluation import RESULTS, EvalConfig
 from training.losses import LossConfig
 from training.metrics import LoggingConfig
 from training.objectives import causal_lm
@@ -141,6 +141,12 @@ def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
         raise ValueError(
             f"config.data.sequence_length = {length} is longer than config.model.max_length = "
             f"{longest}; shorten it, or raise max_length"
+        )
+    best = experiment.checkpoint.best
+    if best and best not in RESULTS:
+        raise ValueError(
+            f"config.checkpoint.best = {best!r}: choose one of {', '.join(RESULTS)}; the step with the "
+            f"lowest is kept"
         )
     experiment.rules()
     return experiment

@@ -103,10 +103,8 @@ def main(config: Any, workdir: Path) -> None:
                 with metrics.paused():  # not a step's time
                     since = time.perf_counter()
                     compiled[length] = jitted.lower(state, batch).compile()
-                    mib, seconds = (
-                        device_bytes(compiled[length]) / 2**20,
-                        time.perf_counter() - since,
-                    )
+                    mib = device_bytes(compiled[length]) / 2**20
+                    seconds = time.perf_counter() - since
                     say(f"step compiled in {seconds:.1f} s: {mib:,.0f} MiB per device")
             return compiled[length](state, batch)
 
@@ -130,32 +128,46 @@ def main(config: Any, workdir: Path) -> None:
             run_config=plain(config),
         )
         every, eval_every = experiment.checkpoint.every, experiment.eval.every
-        last: dict[str, float] = {}
-        with data.train(start, rows=rows) as loader, StopSignal() as stop, closing(metrics):
+        if start >= settings.steps:
+            say(f"nothing to do: config.train.steps is {settings.steps}")
+        with (
+            data.train(start, rows=rows) as loader,
+            closing(checkpoints),
+            closing(metrics),
+            StopSignal() as stop,
+        ):
             batches = device_batches(loader, mesh, spec)
             for step in range(start + 1, settings.steps + 1):
                 state, measured = run_step(state, next(batches))
                 metrics.push(step, measured)
-                stopping = stop.requested(step)
-                done = step == settings.steps
-                if done or (eval_every and step % eval_every == 0 and not stopping):
+                stopping, done = stop.requested(step), step == settings.steps
+                saving = done or stopping or step % every == 0
+                due = done or (eval_every > 0 and step % eval_every == 0)
+                held_out: dict[str, float] = {}
+                if due or (saving and experiment.checkpoint.best):
                     with metrics.paused() as row:
-                        last = held_out_loss(state.params)
-                        row |= {f"eval_{name}": last[name] for name in ("loss", "bits_per_byte")}
-                if done or stopping or step % every == 0:
+                        held_out = held_out_loss(state.params)
+                        row |= {
+                            f"eval_{name}": held_out[name] for name in ("loss", "bits_per_byte")
+                        }
+                if saving:
                     kept = {"data": data.summary.fingerprint, "config": plain(config)}
-                    checkpoints.save(step, state, kept | {"metrics": last})
+                    checkpoints.save(step, state, kept | {"metrics": held_out})
+                if done:
+                    say(f"on held-out files: {format_result(held_out)}")
                 if stopping:
                     say(f"stopped after step {step}; the same command continues")
                     break
-        checkpoints.close()
-        if last:
-            say(
-                f"held-out loss {last['loss']:.4f}, perplexity {last['perplexity']:.2f}, "
-                f"{last['bits_per_byte']:.3f} bits per byte"
-            )
         say(f"ended after {time.perf_counter() - began:.0f} s; to evaluate the newest checkpoint:")
         say(f"    {this_python()} evaluate.py --workdir={workdir}")
+
+
+def format_result(result: dict[str, float]) -> str:
+    """A result of `evaluate` for a person."""
+    return (
+        f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, "
+        f"{result['bits_per_byte']:.3f} bits per byte"
+    )
 
 
 def check_same_data(saved: str, now: str, workdir: Path) -> None:

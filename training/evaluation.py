@@ -16,6 +16,7 @@ from parallel.zero import for_model
 from training.state import Model
 
 Batch = dict[str, jax.Array]
+RESULTS = ("loss", "perplexity", "bits_per_byte")  # lower is better
 
 
 @dataclass(frozen=True)
