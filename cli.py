@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,14 +184,34 @@ def _unknown_flag(argument: str, parser: argparse.ArgumentParser, name: str) -> 
 
 
 def _silence(debug: bool) -> None:
-    """Keeps the start-up notes of XLA and absl off the terminal."""
+    """Keeps the notes of libraries off the terminal; warnings are one line each."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if debug else "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    from absl import flags, logging
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Line())
+    logging.basicConfig(handlers=[handler])  # does nothing where there is a handler already
+    if not debug and sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    from absl import flags
+    from absl import logging as absl_logging
 
-    logging.set_verbosity(logging.WARNING if debug else logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.WARNING if debug else absl_logging.ERROR)
     if not flags.FLAGS.is_parsed():  # libraries look up absl flags, of which we have none
         flags.FLAGS.mark_as_parsed()
+
+
+class _Line(logging.Formatter):
+    """`warning: ...`, as errors are `error: ...`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
+def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """Leaves out what TensorStore's threads say, one after another, once a save has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _one_line(error: BaseException) -> str:

@@ -216,7 +216,7 @@ class Checkpoints:
         """Removes what a failed save left (a full disk needs the room) and says what happened."""
         self._remove_unfinished()
         free = shutil.disk_usage(self._directory).free / 2**30
-        reason = repr(error) if str(error) else type(error).__name__
+        reason = _one_line(error)
         message = (
             f"--workdir: step {step} could not be saved in {self._directory}, where {free:.2f} "
             f"GiB are free; make room or choose another disk. Steps kept: {self.steps()}. "
@@ -289,3 +289,9 @@ class Checkpoints:
         if jax.process_count() == 1:
             return value
         return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _one_line(error: Exception, length: int = 200) -> str:
+    """The end of a message: storage libraries begin with paths and say last what happened."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else f"... {text[-length:]}"
