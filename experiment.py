@@ -145,8 +145,8 @@ def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
     best = experiment.checkpoint.best
     if best and best not in RESULTS:
         raise ValueError(
-            f"config.checkpoint.best = {best!r}: choose one of {', '.join(RESULTS)}; the step with the "
-            f"lowest is kept"
+            f"config.checkpoint.best = {best!r}: choose one of {', '.join(RESULTS)}; the step "
+            f"with the lowest is kept"
         )
     experiment.rules()
     return experiment

@@ -1,0 +1,62 @@
+"""The shipped shapes are the published ones, and their step can be traced on a mesh of 8."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+from config_border import load_config
+from experiment import read_experiment
+from parallel.mesh import make_mesh
+from training.optim import make_optimizer
+from training.schedules import make_schedule
+from training.state import abstract_state
+from training.step import make_step
+
+# Parameters as counted by the published checkpoints; each file's header names its source.
+PUBLISHED = {
+    "gpt2_124m": (124_439_808, {"fsdp": 8}),
+    "llama3_8b": (8_030_261_248, {"fsdp": 2, "tensor": 4}),
+    "llama3_70b": (70_553_706_496, {"tensor": 8}),
+    "qwen3_0_6b": (596_049_920, {"data": 2, "fsdp": 2, "tensor": 2}),
+    "gemma3_1b": (999_885_952, {"data": 2, "fsdp": 4}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shape(name):
+    count, sizes = PUBLISHED[name]
+    config = load_config(f"configs/{name}.py")
+    for axis, size in ({"data": 1} | sizes).items():
+        config.mesh[axis] = size
+    experiment = read_experiment(config, 8)
+    mesh = make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        model = experiment.build_model()
+        optimizer = make_optimizer(experiment.optimizer, 10, model.axes)
+        state = abstract_state(model, optimizer, experiment.precision, mesh)
+        shape = experiment.model
+        tables = 1 if shape.tied else 2
+        padding = (shape.padded_vocab - shape.vocab_size) * shape.embed_dim * tables
+        assert sum(p.size for p in jax.tree.leaves(state.params)) - padding == count
+
+        step = make_step(
+            model,
+            optimizer,
+            make_schedule(experiment.optimizer, 10),
+            experiment.precision,
+            seed=0,
+            micro_steps=experiment.train.grad_accumulation,
+        )
+        rows = jax.ShapeDtypeStruct(
+            (experiment.data.batch_size, experiment.data.sequence_length),
+            jnp.int32,
+            sharding=NamedSharding(mesh, model.rules.spec("batch seq")),
+        )
+        batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), rows)
+        new, metrics = jax.eval_shape(step, state, batch)
+    assert metrics["loss"].shape == ()
+    same = jax.tree.map(lambda a, b: a.sharding.spec == b.sharding.spec, state, new)
+    assert all(jax.tree.leaves(same)), "the step changes a layout"
