@@ -6,6 +6,7 @@ Compile time does not grow with depth, and XLA:CPU honours rematerialisation onl
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -68,38 +69,40 @@ class Stack(nnx.Module):
         graph, state = nnx.split(self.blocks)
         weights = nnx.to_pure_dict(state)
 
-        def run_layer(carry: Any, xs: tuple[Any, Any], kind: Any, looped: bool) -> Any:
-            def layer(carry: Any, weights: Any, index: jax.Array) -> Any:
+        pattern, period = self.pattern, len(self.pattern)
+        periods = self.layers // period
+        looped = periods > self.unroll  # else the scan is no loop in the compiled program
+
+        def run_layer(
+            carry: Any, xs: tuple[Any, Any], kind: Any, place: int | None, looped: bool
+        ) -> Any:
+            def layer(carry: Any, xs: tuple[Any, Any]) -> Any:
+                if (
+                    place is not None
+                ):  # here and not before, or the cut is kept for the backward pass
+                    xs = jax.tree.map(lambda a: jax.lax.index_in_dim(a, place, 0, False), xs)
+                weights, index = xs
                 layer_key = None if key is None else jax.random.fold_in(key, index)
                 return apply(nnx.merge(graph, weights), carry, layer_key, kind)
 
-            return remat(layer, self.remat, looped=looped)(carry, *xs)
+            return remat(layer, self.remat, looped=looped, slices=place is not None)(carry, xs)
 
-        period, indices = len(self.pattern), jnp.arange(self.layers)
-        periods, left = divmod(self.layers, period)
-        looped = periods > self.unroll  # else the scan is no loop in the compiled program
-        if period == 1:
-            (kind,) = self.pattern
-
-            def body(carry: Any, xs: tuple[Any, jax.Array]) -> tuple[Any, None]:
-                return run_layer(carry, xs, kind, looped), None
-
-            carry, _ = jax.lax.scan(body, carry, (weights, indices), unroll=self.unroll)
-            return carry
-
-        def body_of_period(carry: Any, xs: tuple[Any, jax.Array]) -> tuple[Any, None]:
-            for i, kind in enumerate(self.pattern):
-                carry = run_layer(carry, jax.tree.map(lambda a, i=i: a[i], xs), kind, looped)
+        def body(carry: Any, xs: tuple[Any, Any]) -> tuple[Any, None]:
+            if period == 1:
+                return run_layer(carry, xs, pattern[0], None, looped), None
+            for place, kind in enumerate(pattern):
+                carry = run_layer(carry, xs, kind, place, looped)
             return carry, None
 
-        xs = jax.tree.map(lambda a: split_periods(a, periods, period), (weights, indices))
-        carry, _ = jax.lax.scan(body_of_period, carry, xs, unroll=self.unroll)
-        for i in range(self.layers - left, self.layers):
-            one = jax.tree.map(lambda a, i=i: a[i], (weights, indices))
-            carry = run_layer(carry, one, self.pattern[i % period], looped=False)
+        layers = weights, jnp.arange(self.layers)
+        xs = layers if period == 1 else jax.tree.map(partial(split_periods, period=period), layers)
+        carry, _ = jax.lax.scan(body, carry, xs, unroll=self.unroll)
+        for place in range(periods * period, self.layers):
+            carry = run_layer(carry, layers, pattern[place % period], place, looped=False)
         return carry
 
 
-def split_periods(array: jax.Array, periods: int, period: int) -> jax.Array:
+def split_periods(array: jax.Array, period: int) -> jax.Array:
     """[L, ...] -> [periods, period, ...]; a copy only where the period does not divide L."""
+    periods = len(array) // period
     return array[: periods * period].reshape(periods, period, *array.shape[1:])

@@ -103,12 +103,19 @@ def tag(x: jax.Array, name: str) -> jax.Array:
 
 
 def remat(
-    block: Callable[..., Any], config: RematConfig, *, looped: bool = True
+    block: Callable[..., Any], config: RematConfig, *, looped: bool = True, slices: bool = False
 ) -> Callable[..., Any]:
-    """`block` under the policy; XLA:CPU ignores it where it is not `looped` by a `lax.scan`."""
+    """`block` under the policy; XLA:CPU ignores it where it is not `looped` by a `lax.scan`.
+
+    `slices`: the block cuts its weights out of an array of several layers. With policy none too,
+    they are then cut out again for the backward pass: kept, they would be a second copy of all.
+    """
+    policy: Callable[..., Any]
     if config.policy == "none":
-        return block
-    if config.offload:
+        if not slices:
+            return block
+        policy = _all_but_slices
+    elif config.offload:
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=list(config.save),
             names_which_can_be_offloaded=list(config.offload),
@@ -121,3 +128,7 @@ def remat(
         policy = jax.checkpoint_policies.save_only_these_names(*names)
     # A loop keeps XLA from merging the two computations; elsewhere JAX must.
     return jax.checkpoint(block, policy=policy, prevent_cse=not looped)
+
+
+def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in ("slice", "dynamic_slice", "squeeze")
