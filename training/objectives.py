@@ -22,7 +22,7 @@ def causal_lm(config: DecoderConfig, loss: LossConfig, rules: Rules, remat: Rema
         return Decoder(config, rules, remat, nnx.Rngs(params=key))
 
     # What is static about the model, without computing anything.
-    graph, abstract = nnx.split(nnx.eval_shape(build, jax.random.key(0)))
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
 
     def init(key: jax.Array) -> Any:
         return nnx.to_pure_dict(nnx.state(build(key)))

@@ -55,7 +55,7 @@ class Model:
 
 def abstract_params(model: Model, precision: PrecisionConfig) -> Tree:
     """Shapes, dtypes and partitions of the master parameters; nothing is computed."""
-    return jax.eval_shape(lambda key: _cast(model.init(key), precision), jax.random.key(0))
+    return jax.eval_shape(lambda: _cast(model.init(jax.random.key(0)), precision))
 
 
 def _cast(params: Tree, precision: PrecisionConfig) -> Tree:
