@@ -2,11 +2,11 @@
 
 Quantised and low-rank weights plug in here: the door is where a weight's form is known.
 
-Two things are decided here instead of being left to the compiler. A weight divided over fsdp is
+Three things are decided here instead of being left to the compiler. A weight divided over fsdp is
 gathered where it is used, in the forward and again in the backward pass, and only the divided one
-is kept in between. And where one input feeds several products (q, k and v; gate and up), the
-partial gradients of the input are summed on each device before one reduction over `tensor`, not one
-each.
+is kept in between. Its gradient leaves divided as the weight (of a `Twin`, as its `part`), by one
+reduce-scatter. And where one input feeds several products (q, k and v; gate and up), the partial
+gradients of the input are summed on each device before one reduction over `tensor`, not one each.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from parallel.contract import contract, contract_partial, gathered, reduce_partial
 from parallel.rules import FSDP
-from parallel.zero import Twin, joined
+from parallel.zero import Twin
 
 
 def einsum(equation: str, x: jax.Array, w: jax.Array | Twin, out: P) -> jax.Array:
@@ -31,34 +31,39 @@ def einsums(
     equation: str, x: jax.Array, weights: Sequence[jax.Array | Twin], outs: Sequence[P]
 ) -> list[jax.Array]:
     """Several products of one input: `einsum(equation, x, w, out)` for every weight and layout."""
-    arrays = [joined(w) for w in weights]
-    for array in arrays:
+    used = [w.whole if isinstance(w, Twin) else w for w in weights]
+    differentiated = [w.part if isinstance(w, Twin) else w for w in weights]
+    for array in used:
         assert array.dtype == x.dtype, (equation, array.dtype, x.dtype)
-    return _products(equation, tuple(outs), x, arrays)
+    specs = tuple(jax.typeof(w).sharding.spec for w in differentiated)
+    return _products((equation, tuple(outs), specs), x, used, differentiated)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+Static = tuple[str, tuple[P, ...], tuple[P, ...]]  # equation, layouts of results and of gradients
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _products(
-    equation: str, outs: tuple[P, ...], x: jax.Array, weights: list[jax.Array]
+    static: Static, x: jax.Array, weights: list[jax.Array], differentiated: list[jax.Array]
 ) -> list[jax.Array]:
+    equation, outs, _ = static
     return [
-        jnp.einsum(equation, x, _gathered(w), out_sharding=out)
-        for w, out in zip(weights, outs, strict=True)
+        contract(equation, x, gathered(w, FSDP), out) for w, out in zip(weights, outs, strict=True)
     ]
 
 
 def _forward(
-    equation: str, outs: tuple[P, ...], x: jax.Array, weights: list[jax.Array]
+    static: Static, x: jax.Array, weights: list[jax.Array], differentiated: list[jax.Array]
 ) -> tuple[list[jax.Array], tuple[jax.Array, list[jax.Array]]]:
-    return _products(equation, outs, x, weights), (x, weights)
+    return _products(static, x, weights, differentiated), (x, weights)
 
 
 def _backward(
-    equation: str,
-    outs: tuple[P, ...],
+    static: Static,
     residuals: tuple[jax.Array, list[jax.Array]],
     cotangents: list[jax.Array],
-) -> tuple[jax.Array, list[jax.Array]]:
+) -> tuple[jax.Array, None, list[jax.Array]]:
+    equation, outs, gradient_specs = static
     x, weights = residuals
     inputs, result = equation.split("->")
     x_dims, w_dims = inputs.split(",")
@@ -73,43 +78,17 @@ def _backward(
         return jax.reshard(g, P(*spec))
 
     cotangents = [aligned(g, out) for g, out in zip(cotangents, outs, strict=True)]
-    sums: dict[frozenset[str], jax.Array] = {}  # by the axes that the gradients are partial over
-    for g, w, out in zip(cotangents, weights, outs, strict=True):
-        over = _axes_of([d for d in result if d not in x_dims], result, out)
-        spec = P(*layout, unreduced=set(over)) if over else layout
-        dx = jnp.einsum(f"{result},{w_dims}->{x_dims}", g, _gathered(w), out_sharding=spec)
-        sums[over] = sums[over] + dx if over in sums else dx
-    reduced = [jax.reshard(dx, layout) for dx in sums.values()]
-    dx = reduced[0]
-    for other in reduced[1:]:
-        dx = dx + other
-
-    def dw(w: jax.Array, g: jax.Array) -> jax.Array:
-        spec = jax.typeof(w).sharding.spec
-        return jnp.einsum(f"{x_dims},{result}->{w_dims}", x, g, out_sharding=spec)
-
-    return dx, [dw(w, g) for w, g in zip(weights, cotangents, strict=True)]
+    sums: dict[P, jax.Array] = {}  # partial gradients of the input, by what they are partial over
+    for g, w in zip(cotangents, weights, strict=True):
+        dx = contract_partial(f"{result},{w_dims}->{x_dims}", g, gathered(w, FSDP), layout)
+        spec = jax.typeof(dx).sharding.spec
+        sums[spec] = sums[spec] + dx if spec in sums else dx
+    first, *others = (reduce_partial(dx, layout) for dx in sums.values())
+    gradients = [
+        contract(f"{x_dims},{result}->{w_dims}", x, g, spec)
+        for g, spec in zip(cotangents, gradient_specs, strict=True)
+    ]
+    return sum(others, first), None, gradients
 
 
 _products.defvjp(_forward, _backward)
-
-
-def _axes_of(dims: list[str], all_dims: str, spec: P) -> frozenset[str]:
-    """The mesh axes that divide some dims of an array; none if they are all of one device."""
-    found: set[str] = set()
-    for dim in dims:
-        entry = spec[all_dims.index(dim)]
-        found |= set(entry if isinstance(entry, tuple) else () if entry is None else (entry,))
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return frozenset(found) if any(sizes[axis] > 1 for axis in found) else frozenset()
-
-
-def _gathered(w: jax.Array) -> jax.Array:
-    """The weight whole over fsdp."""
-
-    def without(entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        axes = entry if isinstance(entry, tuple) else (entry,)
-        left = tuple(axis for axis in axes if axis not in (FSDP, None))
-        return left[0] if len(left) == 1 else (left or None)
-
-    return jax.reshard(w, P(*map(without, jax.typeof(w).sharding.spec)))

@@ -54,7 +54,9 @@ class MeshConfig:
         """
         sizes = self.sizes()
         fixed = math.prod(size for size in sizes.values() if size != -1)
-        shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "1"
+        shown = (
+            " x ".join(f"{axis} {size}" for axis, size in sizes.items() if abs(size) != 1) or "1"
+        )
         for axis, size in sizes.items():
             if size == -1:
                 if device_count % fixed:

@@ -29,9 +29,11 @@ def drawn_params(laid: Laid, config: DecoderConfig) -> Any:
     return jax.tree.map_with_path(draw, jax.eval_shape(laid.model.init, jax.random.key(0)))
 
 
-def decoder_of(laid: Laid, config: DecoderConfig) -> Callable[[Any], Decoder]:
+def decoder_of(
+    laid: Laid, config: DecoderConfig, remat: RematConfig = RematConfig()
+) -> Callable[[Any], Decoder]:
     """params -> the decoder with these parameters."""
-    build = lambda key: Decoder(config, laid.model.rules, RematConfig(), nnx.Rngs(params=key))
+    build = lambda key: Decoder(config, laid.model.rules, remat, nnx.Rngs(params=key))
     graph, _ = nnx.split(nnx.eval_shape(build, jax.random.key(0)))
     return lambda params: nnx.merge(graph, params)
 
