@@ -10,6 +10,7 @@ import argparse
 import difflib
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -20,7 +21,7 @@ from typing import Any, Literal, NoReturn
 
 from ml_collections import ConfigDict
 
-from config_border import has_config, load_config, override, read_config
+from config_border import has_config, keys_named, load_config, override, read_config
 
 USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 1, 130
 
@@ -132,6 +133,8 @@ def parse(
     if unknown:
         raise ValueError(_unknown_flag(unknown[0], parser, name))
 
+    if options.workdir == Path():
+        raise ValueError(f"--workdir={options.workdir}: give the run's folder, such as runs/tiny")
     if options.workdir.exists() and not options.workdir.is_dir():
         raise ValueError(f"--workdir={options.workdir}: a file; give the run's folder")
     if config_from == "file" and options.config is not None:
@@ -150,7 +153,8 @@ class _Parser(argparse.ArgumentParser):
     """argparse that raises its errors instead of printing its usage and leaving."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        message = re.sub("^argument ", "", message)
+        raise ValueError(re.sub("invalid int value: (.*)", r"\1 should be a whole number", message))
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -178,7 +182,8 @@ def _unknown_flag(argument: str, parser: argparse.ArgumentParser, name: str) -> 
         return (
             f"{argument}: {name} takes the config from --workdir; change it by --config.KEY=VALUE"
         )
-    close = difflib.get_close_matches(flag, known, n=1)
+    close = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
+    close = close or [f"--{key}" for key in keys_named(flag.lstrip("-"))]
     end = f"did you mean {close[0]}?" if close else f"{name} --help lists them"
     return f"{flag}: no such flag of {name}; {end}"
 

@@ -161,12 +161,17 @@ def check_same_run(old: ConfigDict, new: ConfigDict) -> None:
             )
 
 
+def keys_named(name: str) -> list[str]:
+    """All keys `config.section.name`."""
+    return [key for key, _ in _values(base.get_config()) if key.endswith(f".{name}")]
+
+
 def _run_config_file(file: Path, arguments: list[str], shown: str) -> Any:
     """What a file's `get_config(*arguments)` returns; its errors become one line with the place."""
     if not file.is_file():
-        beside = [str(p) for p in sorted(file.parent.glob("*.py")) if p.stem not in NOT_EXPERIMENTS]
-        end = did_you_mean(str(file), beside) if beside else "; give one such as configs/tiny.py"
-        raise ValueError(f"{shown}: no such file{end}")
+        near = [str(p) for p in sorted(file.parent.glob("*.py")) if _is_experiment(p)]
+        end = did_you_mean(str(file), near, only_close=True) or "; give one such as configs/tiny.py"
+        raise ValueError(f"{shown}: {'a folder' if file.is_dir() else 'no such file'}{end}")
     spec = importlib.util.spec_from_file_location("experiment", file)
     if spec is None or spec.loader is None:
         raise ValueError(f"{shown}: not a Python file; give one such as configs/tiny.py")
@@ -183,6 +188,10 @@ def _run_config_file(file: Path, arguments: list[str], shown: str) -> Any:
         place = f"{file}, line {lines[-1]}" if lines else str(file)
         raise ValueError(f"{shown}: {place}: {type(error).__name__}: {error}") from error
     raise ValueError(f"{shown}: {file} defines no get_config(); it returns the experiment's config")
+
+
+def _is_experiment(file: Path) -> bool:
+    return file.stem not in NOT_EXPERIMENTS and b"def get_config" in file.read_bytes()
 
 
 def _check_key(config: ConfigDict, key: str) -> None:

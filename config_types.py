@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -79,7 +80,9 @@ def fit(value: Any, hint: Any, key: str) -> Any:
         raise ValueError(f"{wrong}{did_you_mean(str(value), map(str, args), only_close=True)}")
     if dataclasses.is_dataclass(origin) and isinstance(value, Mapping | ConfigDict):
         return build(typing.cast(type, origin), value, key)
-    if origin is float and type(value) is int:
+    if origin is float and type(value) in (int, float):
+        if not abs(value) < math.inf:  # NaN too: it passes every check of a range
+            raise ValueError(f"{key} = {value}: should be a finite number")
         return float(value)
     if origin in (bool, int, float, str, types.NoneType) and type(value) is origin:
         return value

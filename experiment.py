@@ -119,8 +119,8 @@ def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
     Raises:
       ValueError: naming the key, its value and what would be right.
     """
-    if config.seed < 0:
-        raise ValueError(f"config.seed = {config.seed}: 0 or more")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"config.seed = {config.seed}: 0 to {2**32 - 1}")
     experiment = Experiment(
         seed=config.seed,
         model=build(DecoderConfig, config.model, "config.model"),

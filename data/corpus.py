@@ -80,7 +80,7 @@ def open_corpus(
         return _open_tokens(config, tokenizer, cache, vocab_size)
     assert documents is not None
     folder = built_once(
-        cache / _cache_key(config, tokenizer), lambda new: _write(documents, tokenizer, new)
+        cache / _cache_key(config, tokenizer), lambda new: _write(documents, tokenizer, new, config)
     )
     meta = json.loads((folder / "meta.json").read_text())
     tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
@@ -100,7 +100,7 @@ def _cache_key(config: DataConfig, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:24]
 
 
-def _write(documents: Documents, tokenizer: Tokenizer, folder: Path) -> None:
+def _write(documents: Documents, tokenizer: Tokenizer, folder: Path, config: DataConfig) -> None:
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
     scores, lengths = [], []
     digest = hashlib.blake2b(tokenizer.fingerprint.encode(), digest_size=16)
@@ -113,7 +113,9 @@ def _write(documents: Documents, tokenizer: Tokenizer, folder: Path) -> None:
                 digest.update(content)
                 file.write(content)
     if not lengths:
-        raise ValueError("config.data.path: no document in it; give files that hold text")
+        raise ValueError(
+            f"config.data.path = '{config.path}': no document in it; give files that hold text"
+        )
     held = held_out(np.asarray(scores, np.uint64))
     digest.update(held.tobytes())
     np.save(folder / "lengths.npy", np.asarray(lengths, np.int64))

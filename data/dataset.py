@@ -137,6 +137,14 @@ def open_data(config: DataConfig, vocab_size: int, workdir: str | Path, *, seed:
     texts = lambda: training_texts(documents) if documents is not None else iter(())
     tokenizer = open_tokenizer(config, vocab_size, workdir, texts)
     cache = Path(config.cache).expanduser() if config.cache else workdir / "cache"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        key = "config.data.cache" if config.cache else "--workdir"
+        raise ValueError(
+            f"{key} = '{cache}': cannot be made ({error.strerror}); choose a folder that you may "
+            "write to"
+        ) from error
     training, evaluation = open_corpus(config, tokenizer, documents, cache, vocab_size)
     plans = make_plans(training, config.sequence_length, config.packing, config.buckets)
     (held_out_plan,) = make_plans(evaluation, config.sequence_length, "packed")

@@ -206,9 +206,8 @@ def _json_lines(config: DataConfig, shown: str, file: Path, name: str) -> Iterat
             try:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: not JSON ({error.msg}); give one object a line"
-                ) from None
+                reason = f"column {error.colno}: {error.msg.removesuffix(' at')}"
+                raise ValueError(f"{where}: not JSON ({reason}); give one object a line") from None
             yield score(f"{name}:{number}"), _field(config, row, where)
 
 
@@ -237,16 +236,17 @@ def _dataset_rows(shown: str, files: list[Path]) -> Iterator[object]:
 
 def _field(config: DataConfig, row: object, where: str) -> str:
     field = config.text_field
-    if not isinstance(row, dict) or field not in row:
-        there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: {type(row).__name__}, not an object; give one object a line")
+    if field not in row:
         raise ValueError(
             f"{where}: no field config.data.text_field = '{field}' in it, only "
-            f"{there or 'nothing'}; name the field that holds the text"
+            f"{', '.join(map(str, row)) or 'nothing'}; name the field that holds the text"
         )
     if not isinstance(row[field], str):
         raise ValueError(
-            f"{where}: field config.data.text_field = '{field}' holds a "
-            f"{type(row[field]).__name__}; name a field that holds text"
+            f"{where}: field config.data.text_field = '{field}' holds "
+            f"{type(row[field]).__name__}, not text; name a field that holds text"
         )
     return row[field]
 

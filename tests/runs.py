@@ -12,37 +12,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from configs import tiny
 from tests.processes import ROOT
 
 WORDS = ["mesh", "shard", "tensor", "loss", "gradient", "step", "batch", "token", "layer"]
 
-# Dropout, clipping and a warm-up, so that a resumed run has something to get wrong. The rate is
-# constant after it: how long the run is to be changes nothing in its first steps.
-SMALL = {
-    "model.vocab_size": 257,
-    "model.layers": 2,
-    "model.embed_dim": 32,
-    "model.mlp_dim": 64,
-    "model.heads": 8,
-    "model.kv_heads": 8,
-    "model.head_dim": 4,
-    "model.max_length": 32,
-    "model.dropout": 0.1,
-    "data.source": "text",
-    "data.tokenizer": "bytes",
-    "data.sequence_length": 32,
-    "data.batch_size": 8,
-    "optimizer.warmup_steps": 8,
-    "optimizer.schedule": "constant",
-    "loss.chunk": 64,
-    "train.steps": 24,
-    "train.log_every": 1,
-    "train.grad_accumulation": 1,
-    "checkpoint.every": 4,
-    "eval.every": 0,
-    "eval.batches": 2,
-    "logging.tensorboard": False,
-}
+STEPS, EVERY = 24, 4  # of the small run, and from one checkpoint to the next
+
+
+def get_config() -> ConfigDict:
+    """The small run: configs/tiny.py made smaller. This file is what the tests give as --config.
+
+    It has dropout, clipping and a warm-up, so that a resumed run has something to get wrong. The
+    rate is constant after it: how long the run is to be changes nothing in its first steps.
+    """
+    config = tiny.get_config().unlock()
+    config.model.vocab_size = 257
+    config.model.layers = 2
+    config.model.embed_dim = 32
+    config.model.mlp_dim = 64
+    config.model.head_dim = 4
+    config.model.max_length = 32
+    config.model.dropout = 0.1
+    config.data.source = "text"
+    config.data.tokenizer = "bytes"
+    config.data.sequence_length = 32
+    config.data.batch_size = 8
+    config.optimizer.warmup_steps = 8
+    config.optimizer.schedule = "constant"
+    config.loss.chunk = 64
+    config.train.steps = STEPS
+    config.train.log_every = 1
+    config.checkpoint.every = EVERY
+    config.eval.batches = 2
+    config.logging.tensorboard = False
+    return config
 
 
 def write_texts(folder: Path, files: int = 24) -> str:
@@ -55,17 +61,11 @@ def write_texts(folder: Path, files: int = 24) -> str:
     return f"{folder}/*.txt"
 
 
-def overrides(keys: dict[str, Any]) -> list[str]:
-    """The arguments `--config.KEY=VALUE`."""
-    return [f"--config.{key}={value}" for key, value in keys.items()]
-
-
 def arguments(workdir: Path, texts: str, **keys: Any) -> list[str]:
     """train.py's arguments for the small run; `model__layers=3` overrides `config.model.layers`."""
-    given = {key.replace("__", "."): value for key, value in keys.items()}
-    tiny = ROOT / "configs" / "tiny.py"
-    small = overrides(SMALL | {"data.path": texts} | given)
-    return [f"--config={tiny}", f"--workdir={workdir}", *small]
+    given = {"data.path": texts} | {key.replace("__", "."): value for key, value in keys.items()}
+    overrides = [f"--config.{key}={value}" for key, value in given.items()]
+    return [f"--config={__file__}", f"--workdir={workdir}", *overrides]
 
 
 def start(

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from tests.runs import (
-    SMALL,
+    EVERY,
+    STEPS,
     arguments,
     finish,
     losses,
@@ -28,7 +29,6 @@ from tests.runs import (
 )
 
 pytestmark = pytest.mark.slow
-STEPS, EVERY = SMALL["train.steps"], SMALL["checkpoint.every"]
 
 
 @pytest.fixture(scope="module")

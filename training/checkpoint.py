@@ -185,6 +185,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._pool.shutdown()
+            if self._config is not None:
+                self._remove_unfinished()
 
     def _settle(self) -> BaseException | None:
         """Waits for the save that is under way; returns its error, which was reported already."""

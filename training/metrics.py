@@ -149,6 +149,7 @@ class Metrics:
             if step in (1, self._total_steps) or step % self._log_every == 0:
                 self._write(self._make_row())
         if self._skipped >= self._max_skipped:
+            self._pending = None  # so that `close` says nothing more
             raise ValueError(
                 f"config.train.max_skipped = {self._max_skipped}: step {self._last['step']} is the "
                 f"last of {self._skipped} in a row without a finite loss and gradient; lower "

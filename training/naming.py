@@ -74,13 +74,18 @@ def compare(
       wanted: name -> abstract array.
       saved: name -> what `describe` said.
       path: the checkpoint's folder, for the message.
-      partial: whether the checkpoint may hold more.
+      partial: whether the checkpoint may hold more than is wanted: other branches of the state's
+        tree, such as moments beside parameters, but not other tensors in a branch that is wanted.
 
     Raises:
       ValueError: it does not; the message names the first tensor that differs, parameters first.
     """
-    names = set(wanted) if partial else set(wanted) | set(saved)
-    for name in sorted(names, key=lambda name: (not name.startswith("params"), name)):
+    if partial:
+        branches = {name.partition("/")[0] for name in wanted}
+        saved = {name: t for name, t in saved.items() if name.partition("/")[0] in branches}
+    for name in sorted(
+        set(wanted) | set(saved), key=lambda name: (not name.startswith("params"), name)
+    ):
         here = tuple(wanted[name].shape) if name in wanted else None
         there = tuple(saved[name]["shape"]) if name in saved else None
         kinds = [is_key(wanted[name]), "key" in saved[name]] if here == there is not None else [0]

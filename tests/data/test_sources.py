@@ -223,8 +223,8 @@ def test_bad_inputs(tmp_path):
     field = of("jsonl", bad(tmp_path, "field.jsonl", good + b'{"body": "x"}\n'))
     assert "field.jsonl:2: no field config.data.text_field = 'text' in it, only body" in field
     kind = of("jsonl", bad(tmp_path, "kind.jsonl", b'{"text": 5}\n'))
-    assert "kind.jsonl:1: field config.data.text_field = 'text' holds a int" in kind
-    assert "list.jsonl:1: no field" in of("jsonl", bad(tmp_path, "list.jsonl", b"[1]\n"))
+    assert "kind.jsonl:1: field config.data.text_field = 'text' holds int, not text" in kind
+    assert "list.jsonl:1: list, not an object" in of("jsonl", bad(tmp_path, "list.jsonl", b"[1]\n"))
     assert "no document" in message(source="jsonl", path=bad(tmp_path, "blank.jsonl", b"\n\n"))
 
     odd = bad(tmp_path, "odd.bin", b"abc")

@@ -299,7 +299,11 @@ def test_another_model_is_refused(three_steps, use_mesh):
     with pytest.raises(ValueError, match=message):
         Checkpoints(path).restore(None, narrow)
     with pytest.raises(ValueError, match="params/extra is absent on disk"):
-        Checkpoints(path).restore(None, {"params": {"extra": want.step}}, partial=True)
+        Checkpoints(path).restore(
+            None, {"params": want.params | {"extra": want.step}}, partial=True
+        )
+    with pytest.raises(ValueError, match=r"params/norm is .* on disk and absent in this run"):
+        Checkpoints(path).restore(None, {"params": {"blocks": want.params["blocks"]}}, partial=True)
     sgd = want._replace(optimizer=())
     with pytest.raises(ValueError, match=r"config\.optimizer: .* absent in this run"):
         Checkpoints(path).restore(None, sgd)
