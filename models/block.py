@@ -56,20 +56,15 @@ class Block(nnx.Module):
         post = self.config.norm_position == "post"
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
 
-        h_BTD = self.whole_sequence(x_BTD if post else self.attention_norm(x_BTD))
-        h_BTD = tag(h_BTD, "attention_norm")
+        h_BTD = tag(x_BTD if post else self.attention_norm(x_BTD), "attention_norm")
         y_BTD = self.attention(h_BTD, rows.segments, rows.positions, attention_key, local=local)
         if self.attention_post_norm is not None:
             y_BTD = self.attention_post_norm(y_BTD)
         x_BTD = self.attention_norm(x_BTD + y_BTD) if post else x_BTD + y_BTD
 
-        h_BTD = self.whole_sequence(x_BTD if post else self.mlp_norm(x_BTD))
-        y_BTD = self.mlp(tag(h_BTD, "mlp_norm"))
+        h_BTD = tag(x_BTD if post else self.mlp_norm(x_BTD), "mlp_norm")
+        y_BTD = self.mlp(h_BTD)
         y_BTD = dropout(y_BTD, self.config.dropout, mlp_key, self.rules, RESIDUAL)
         if self.mlp_post_norm is not None:
             y_BTD = self.mlp_post_norm(y_BTD)
         return self.mlp_norm(x_BTD + y_BTD) if post else x_BTD + y_BTD
-
-    def whole_sequence(self, h_BTD: jax.Array) -> jax.Array:
-        """Leaves the residual stream's layout: with sequence parallelism the all-gather is here."""
-        return jax.reshard(h_BTD, self.rules.spec("batch seq act_embed"))

@@ -25,7 +25,7 @@ from parallel.rules import Rules
 
 
 class FeedForward(nnx.Module):
-    """x_BTD -> y_BTD; the output lies in the residual stream's layout."""
+    """x_BTD -> y_BTD, both in the residual stream's layout."""
 
     def __init__(self, config: DecoderConfig, rules: Rules, rngs: nnx.Rngs) -> None:
         D, F = config.embed_dim, config.mlp_dim
@@ -40,10 +40,10 @@ class FeedForward(nnx.Module):
         self.down_bias = weight(rngs, (D,), "norm", rules, zeros) if config.mlp_bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        act = self.rules.spec("batch seq act_mlp")
+        inside, act = self.rules.spec("batch seq act_embed"), self.rules.spec("batch seq act_mlp")
         residual = self.rules.spec("batch residual_seq act_embed")
         weights = [w.get_value() for w in (self.up, self.gate) if w is not None]
-        up, *gate = einsums("btd,df->btf", x_BTD, weights, [act] * len(weights))
+        up, *gate = einsums("btd,df->btf", x_BTD, weights, [act] * len(weights), inside)
         if self.up_bias is not None:
             up = up + broadcast_to_rank(gathered(self.up_bias, self.rules), 3)
         up = tag(up, "mlp_up")

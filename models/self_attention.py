@@ -29,7 +29,7 @@ from parallel.rules import Rules
 
 
 class SelfAttention(nnx.Module):
-    """x_BTD -> y_BTD; the output lies in the residual stream's layout.
+    """x_BTD -> y_BTD, both in the residual stream's layout.
 
     `local` layers see `config.window` keys and turn by their own rotary theta.
     """
@@ -86,6 +86,7 @@ class SelfAttention(nnx.Module):
             x_BTD,
             [w.get_value() for w in (self.query, self.key, self.value)],
             [heads, kv_heads, kv_heads],
+            inside=rules.spec("batch seq act_embed"),
         )
 
         def biased(y: jax.Array, bias: nnx.Param | None) -> jax.Array:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -28,65 +29,90 @@ def einsum(equation: str, x: jax.Array, w: jax.Array | Twin, out: P) -> jax.Arra
 
 
 def einsums(
-    equation: str, x: jax.Array, weights: Sequence[jax.Array | Twin], outs: Sequence[P]
+    equation: str,
+    x: jax.Array,
+    weights: Sequence[jax.Array | Twin],
+    outs: Sequence[P],
+    inside: P | None = None,
 ) -> list[jax.Array]:
-    """Several products of one input: `einsum(equation, x, w, out)` for every weight and layout."""
+    """Several products of one input: `einsum(equation, x, w, out)` for every weight and layout.
+
+    Args:
+      equation: of one product; it contracts a dim of `x` with one of the weight.
+      x: the input.
+      weights: in the dtype of `x`, perhaps divided over fsdp.
+      outs: layout of each result.
+      inside: the layout that `x` is brought to first. Its gradient comes back in the layout of `x`:
+        under sequence parallelism the all-gather and the reduce-scatter of its gradient are here.
+    """
     used = [w.whole if isinstance(w, Twin) else w for w in weights]
     differentiated = [w.part if isinstance(w, Twin) else w for w in weights]
     for array in used:
         assert array.dtype == x.dtype, (equation, array.dtype, x.dtype)
-    specs = tuple(jax.typeof(w).sharding.spec for w in differentiated)
-    return _products((equation, tuple(outs), specs), x, used, differentiated)
+    own = jax.typeof(x).sharding.spec
+    static = _Static(
+        equation,
+        tuple(outs),
+        own if inside is None else inside,
+        own,
+        tuple(jax.typeof(w).sharding.spec for w in differentiated),
+    )
+    return _products(static, x, used, differentiated)
 
 
-Static = tuple[str, tuple[P, ...], tuple[P, ...]]  # equation, layouts of results and of gradients
+class _Static(NamedTuple):
+    equation: str
+    outs: tuple[P, ...]
+    inside: P
+    input_gradient: P
+    weight_gradients: tuple[P, ...]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _products(
-    static: Static, x: jax.Array, weights: list[jax.Array], differentiated: list[jax.Array]
+    static: _Static, x: jax.Array, weights: list[jax.Array], differentiated: list[jax.Array]
 ) -> list[jax.Array]:
-    equation, outs, _ = static
-    return [
-        contract(equation, x, gathered(w, FSDP), out) for w, out in zip(weights, outs, strict=True)
-    ]
+    return _forward(static, x, weights, differentiated)[0]
 
 
 def _forward(
-    static: Static, x: jax.Array, weights: list[jax.Array], differentiated: list[jax.Array]
+    static: _Static, x: jax.Array, weights: list[jax.Array], differentiated: list[jax.Array]
 ) -> tuple[list[jax.Array], tuple[jax.Array, list[jax.Array]]]:
-    return _products(static, x, weights, differentiated), (x, weights)
+    x = jax.reshard(x, static.inside)
+    products = [
+        contract(static.equation, x, gathered(w, FSDP), out)
+        for w, out in zip(weights, static.outs, strict=True)
+    ]
+    return products, (x, weights)
 
 
 def _backward(
-    static: Static,
+    static: _Static,
     residuals: tuple[jax.Array, list[jax.Array]],
     cotangents: list[jax.Array],
 ) -> tuple[jax.Array, None, list[jax.Array]]:
-    equation, outs, gradient_specs = static
     x, weights = residuals
-    inputs, result = equation.split("->")
+    inputs, result = static.equation.split("->")
     x_dims, w_dims = inputs.split(",")
-    layout = jax.typeof(x).sharding.spec
 
     def aligned(g: jax.Array, out: P) -> jax.Array:
         # Dims that the input has too are laid out as there: sequence parallelism gathers here.
         spec = [
-            layout[x_dims.index(d)] if d in x_dims else entry
+            static.inside[x_dims.index(d)] if d in x_dims else entry
             for d, entry in zip(result, out, strict=True)
         ]
         return jax.reshard(g, P(*spec))
 
-    cotangents = [aligned(g, out) for g, out in zip(cotangents, outs, strict=True)]
+    cotangents = [aligned(g, out) for g, out in zip(cotangents, static.outs, strict=True)]
     sums: dict[P, jax.Array] = {}  # partial gradients of the input, by what they are partial over
     for g, w in zip(cotangents, weights, strict=True):
-        dx = contract_partial(f"{result},{w_dims}->{x_dims}", g, gathered(w, FSDP), layout)
+        dx = contract_partial(f"{result},{w_dims}->{x_dims}", g, gathered(w, FSDP), static.inside)
         spec = jax.typeof(dx).sharding.spec
         sums[spec] = sums[spec] + dx if spec in sums else dx
-    first, *others = (reduce_partial(dx, layout) for dx in sums.values())
+    first, *others = (reduce_partial(dx, static.input_gradient) for dx in sums.values())
     gradients = [
         contract(f"{x_dims},{result}->{w_dims}", x, g, spec)
-        for g, spec in zip(cotangents, gradient_specs, strict=True)
+        for g, spec in zip(cotangents, static.weight_gradients, strict=True)
     ]
     return sum(others, first), None, gradients
 

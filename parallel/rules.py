@@ -171,7 +171,9 @@ class Rules:
                 f"config.parallel.rules: '{names}' would be divided twice over mesh axis "
                 f"{twice[0]}; give its dims different axes"
             )
-        return P(*[axes[0] if len(axes) == 1 else (axes or None) for axes in parts])
+        # Axes of one device divide nothing; left out, no collective over them is ever written.
+        real = [tuple(axis for axis in axes if self.size((axis,)) > 1) for axes in parts]
+        return P(*[axes[0] if len(axes) == 1 else (axes or None) for axes in real])
 
 
 def make_rules(

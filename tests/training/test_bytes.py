@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -130,17 +131,25 @@ def test_all_reduces_of_a_layer(remat, backward):
 
 
 def test_sequence_parallel_pairs():
-    """Each all-reduce becomes a reduce-scatter and an all-gather.
-
-    XLA:CPU writes a reduce-scatter as an all-reduce of which each device keeps its slice; the TPU
-    and GPU compilers make it one operation.
-    """
+    """Each all-reduce becomes a reduce-scatter and an all-gather, in both directions."""
     with layout(tensor=8, kv_heads=8, sequence=True, **PLAIN) as laid:
-        loops = per_layer(compiled_grads(laid).as_text(), (B, T, DECODER.embed_dim))
-    for loop in loops:
-        assert loop["all-gather"] == 2
-        assert loop["all-reduce"] + loop["reduce-scatter"] == 2
-    assert len(loops) == 2
+        text = compiled_grads(laid).as_text()
+    whole, part = (B, T, DECODER.embed_dim), (B, T // 8, DECODER.embed_dim)
+    assert per_layer(text, whole) == [Counter({"all-gather": 2})] * 2
+    assert per_layer(text, part) == [Counter({"reduce-scatter": 2})] * 2
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_divided_gradients_are_reduce_scattered(zero):
+    """No gradient of a matrix is reduced whole on every device."""
+    with layout(fsdp=8, zero=zero, kv_heads=8, **PLAIN) as laid:
+        found = collectives(compiled_grads(laid).as_text())
+    D, F, N, H = DECODER.embed_dim, DECODER.mlp_dim, DECODER.heads, DECODER.head_dim
+    in_layers = [c for c in found if not c.where.startswith("main")]
+    scattered = Counter(s for c in in_layers if c.kind == "reduce-scatter" for s in c.shapes)
+    assert scattered == {(D // 8, F): 2, (F, D // 8): 1, (D // 8, N, H): 3, (N, H, D // 8): 1}
+    reduced = {s for c in in_layers if c.kind == "all-reduce" for s in c.shapes}
+    assert not reduced & {(D, F), (F, D), (D, N, H), (N, H, D)}
 
 
 def test_collectives_of_data_parallelism_are_all_reduces_alone():

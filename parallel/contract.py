@@ -1,0 +1,84 @@
+"""A contraction whose sum over devices is written down, not inferred.
+
+Where the sum over an axis ends in a result divided over that very axis (sequence parallelism,
+gradients of FSDP), one reduce-scatter does both. Left to itself XLA reduces the whole array
+everywhere and keeps a slice: twice the traffic, and the whole array in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+
+def contract(equation: str, a: jax.Array, b: jax.Array, spec: P) -> jax.Array:
+    """`jnp.einsum(equation, a, b)` laid out as `spec`.
+
+    Contracted dims must be divided alike in `a` and `b`, and the dims that stay as in `spec`, up to
+    the axes that are summed over.
+    """
+    partial = contract_partial(equation, a, b, spec)
+    return reduce_partial(partial, spec)
+
+
+def contract_partial(equation: str, a: jax.Array, b: jax.Array, spec: P) -> jax.Array:
+    """The same before its sum over devices: each holds its own share, and the type says so."""
+    inputs, result = equation.split("->")
+    a_dims, _ = inputs.split(",")
+    a_spec = jax.typeof(a).sharding.spec
+    over = axes_of(a_spec[i] for i, dim in enumerate(a_dims) if dim not in result)
+    if not over:
+        return jnp.einsum(equation, a, b, out_sharding=spec)
+    kept = P(*(_without(entry, over) for entry in spec), unreduced=over)
+    return jnp.einsum(equation, a, b, out_sharding=kept)
+
+
+def reduce_partial(partial: jax.Array, spec: P) -> jax.Array:
+    """Sums a partial array over devices and leaves it as `spec`."""
+    had = jax.typeof(partial).sharding.spec
+    over = set(had.unreduced)
+    scattered = [
+        (axis, dim) for dim, entry in enumerate(spec) for axis in _names(entry) if axis in over
+    ]
+    if not scattered:
+        return jax.reshard(partial, spec)
+
+    def local(x: jax.Array) -> jax.Array:
+        for axis, dim in scattered:
+            x = lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+        rest = tuple(sorted(over - {axis for axis, _ in scattered}))
+        return lax.psum(x, rest) if rest else x
+
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        local,
+        in_specs=had,
+        out_specs=spec,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+    )(partial)
+
+
+def axes_of(entries: Iterable[str | tuple[str, ...] | None]) -> frozenset[str]:
+    """The mesh axes in some entries of a spec."""
+    return frozenset(axis for entry in entries for axis in _names(entry))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+def _without(
+    entry: str | tuple[str, ...] | None, axes: Iterable[str]
+) -> str | tuple[str, ...] | None:
+    left = tuple(axis for axis in _names(entry) if axis not in axes)
+    return left[0] if len(left) == 1 else (left or None)
+
+
+def gathered(array: jax.Array, axis: str) -> jax.Array:
+    """The array whole over one mesh axis."""
+    spec = jax.typeof(array).sharding.spec
+    return jax.reshard(array, P(*(_without(entry, (axis,)) for entry in spec)))
