@@ -15,6 +15,8 @@ from models.decoder import Decoder
 from parallel.remat import RematConfig
 from tests.small import Laid
 
+NO_REMAT = RematConfig()
+
 
 def drawn_params(laid: Laid, config: DecoderConfig) -> Any:
     """Float32 NumPy; at initial ones and zeros an error in gains and biases would be hidden."""
@@ -30,7 +32,7 @@ def drawn_params(laid: Laid, config: DecoderConfig) -> Any:
 
 
 def decoder_of(
-    laid: Laid, config: DecoderConfig, remat: RematConfig = RematConfig()
+    laid: Laid, config: DecoderConfig, remat: RematConfig = NO_REMAT
 ) -> Callable[[Any], Decoder]:
     """params -> the decoder with these parameters."""
     build = lambda key: Decoder(config, laid.model.rules, remat, nnx.Rngs(params=key))

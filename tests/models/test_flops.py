@@ -64,7 +64,7 @@ def products(jaxpr) -> int:
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_operations_are_those_of_the_traced_program(gated):
-    """The unblocked attention computes hidden keys too: those are taken off by counting the mask."""
+    """The unblocked attention computes hidden keys too: they are taken off by counting the mask."""
     config = replace(TINY, gated=gated)
     with layout(config=config, rows=2, length=T) as laid:
         weights_BT = jnp.ones((2, T), out_sharding=laid.model.rules.spec("batch seq"))

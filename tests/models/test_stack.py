@@ -166,7 +166,7 @@ def test_remat_outside_of_loops_is_kept_apart_by_jax(use_mesh):
             stack = stack_of(layers, pattern=pattern, unroll=unroll, remat=RematConfig("full"))
             weights = stack.blocks.weight.get_value()
             run = runner(stack)
-            jaxpr = jax.make_jaxpr(lambda w: run(w, jnp.ones((1, D)), None))(weights).jaxpr
+            jaxpr = jax.make_jaxpr(run_without_key(run))(weights, jnp.ones((1, D))).jaxpr
             kept = [e.params["prevent_cse"] for e in primitives(jaxpr, "remat2")]
             kept = kept or [e.params["prevent_cse"] for e in primitives(jaxpr, "checkpoint")]
             assert sorted(set(kept)) == want, (layers, unroll)

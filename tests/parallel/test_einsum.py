@@ -1,4 +1,4 @@
-"""The door for contractions: `jnp.einsum` in value and gradient, with the collectives it promises."""
+"""The door for contractions: `einsum` in value and gradient, with the collectives it promises."""
 
 from __future__ import annotations
 

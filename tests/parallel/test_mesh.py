@@ -74,20 +74,26 @@ def test_sizes_that_cannot_be(sizes, message):
         (
             {"data": 2, "fsdp": 2},
             8,
-            "config.mesh = data 2 x fsdp 2 needs 4 devices, but there are 8; make the product 8, "
-            "or set one axis to -1",
+            (
+                "config.mesh = data 2 x fsdp 2 needs 4 devices, but there are 8; make the product "
+                "8, or set one axis to -1"
+            ),
         ),
         (
             {"data": 1},
             2,
-            "config.mesh = 1 needs 1 devices, but there are 2; make the product 2, or set one axis "
-            "to -1",
+            (
+                "config.mesh = 1 needs 1 devices, but there are 2; make the product 2, or set one "
+                "axis to -1"
+            ),
         ),
         (
             {"tensor": 3},
             8,
-            "config.mesh.data = -1: the other axes (tensor 3) do not divide the 8 "
-            "devices; choose sizes whose product divides 8",
+            (
+                "config.mesh.data = -1: the other axes (tensor 3) do not divide the 8 "
+                "devices; choose sizes whose product divides 8"
+            ),
         ),
     ],
 )

@@ -125,13 +125,17 @@ def test_fewer_kv_heads_than_parts_are_replicated(kv_heads, parts):
         ),
         (
             {"rules": {"mlp": ["model"]}},
-            "config.parallel.rules.mlp = ['model']: a list of mesh axes of data, fsdp, pipe, "
-            "context, expert, tensor",
+            (
+                "config.parallel.rules.mlp = ['model']: a list of mesh axes of data, fsdp, pipe, "
+                "context, expert, tensor"
+            ),
         ),
         (
             {"rules": {"mlp": "tensor"}},
-            "config.parallel.rules.mlp = 'tensor': a list of mesh axes of data, fsdp, pipe, "
-            "context, expert, tensor",
+            (
+                "config.parallel.rules.mlp = 'tensor': a list of mesh axes of data, fsdp, pipe, "
+                "context, expert, tensor"
+            ),
         ),
         (
             {"rules": {"mlp": ["tensor", "tensor"]}},
@@ -181,32 +185,42 @@ def test_a_collision_of_a_parameter_is_refused():
         (
             "batch",
             6,
-            "config.data.batch_size = 6 does not divide by config.mesh.data = 2 x "
-            "config.mesh.fsdp = 2; choose a multiple of 4",
+            (
+                "config.data.batch_size = 6 does not divide by config.mesh.data = 2 x "
+                "config.mesh.fsdp = 2; choose a multiple of 4"
+            ),
         ),
         (
             "heads",
             3,
-            "config.model.heads = 3 does not divide by config.mesh.tensor = 2; choose a multiple "
-            "of 2",
+            (
+                "config.model.heads = 3 does not divide by config.mesh.tensor = 2; choose a "
+                "multiple of 2"
+            ),
         ),
         (
             "kv_heads",
             3,
-            "config.model.kv_heads = 3 does not divide by config.mesh.tensor = 2; choose a "
-            "multiple of 2",
+            (
+                "config.model.kv_heads = 3 does not divide by config.mesh.tensor = 2; choose a "
+                "multiple of 2"
+            ),
         ),
         (
             "mlp",
             65,
-            "config.model.mlp_dim = 65 does not divide by config.mesh.tensor = 2; choose a "
-            "multiple of 2",
+            (
+                "config.model.mlp_dim = 65 does not divide by config.mesh.tensor = 2; choose a "
+                "multiple of 2"
+            ),
         ),
         (
             "residual_seq",
             15,
-            "config.data.sequence_length = 15 does not divide by config.mesh.tensor = 2; choose a "
-            "multiple of 2",
+            (
+                "config.data.sequence_length = 15 does not divide by config.mesh.tensor = 2; "
+                "choose a multiple of 2"
+            ),
         ),
     ],
 )
