@@ -144,12 +144,8 @@ def test_dropout_goes_by_seed_and_step_and_not_by_what_was_skipped(use_mesh):
             for _ in range(2):
                 state, _ = step(state, tokens([[0, 1]]))
         jax.effects_barrier()
-        want = [
-            tuple(
-                np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(s), i))).tolist()
-            )
-            for s in (0, 1)
-            for i in (0, 1)
-        ]
+        key = lambda seed, step: jax.random.fold_in(jax.random.key(seed), step)
+        want = [jax.random.key_data(key(seed, step)) for seed in (0, 1) for step in (0, 1)]
+        want = [tuple(np.asarray(data).tolist()) for data in want]
     assert keys == want
     assert len(set(keys)) == 4
