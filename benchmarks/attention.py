@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,7 +38,7 @@ def main() -> None:
     for name, size in (sizes | {"documents": 3, "layers": 1, "rounds": 7}).items():
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--forms", nargs="+", default=["jax", "xla", "blocked"])
+    parser.add_argument("--forms", nargs="+", default=["jax", "xla", "rows", "blocked"])
     parser.add_argument("--blocks", type=int, nargs="+", default=[128])
     args = parser.parse_args()
 
@@ -51,7 +52,9 @@ def main() -> None:
                 index = jnp.arange(args.length)
                 seen = visible(MASK, index, index, arrays)
                 return jax.nn.dot_product_attention(q, k, v, mask=seen)
-            return attention(q, k, v, MASK, arrays, rules=rules, implementation=name, block=block)
+            return attention(
+                q, k, v, MASK, arrays, rules=rules, implementation=name, block=block or 128
+            )
 
         def stacked(q: Array, k: Array, v: Array, segments: Array) -> Array:
             for _ in range(args.layers):
@@ -82,20 +85,20 @@ def main() -> None:
         names = [
             (name, block)
             for name in args.forms
-            for block in (args.blocks if name == "blocked" else [0])
+            for block in (args.blocks if name in ("rows", "blocked") else [0])
         ]
         compiled = {name: jax.jit(form(*name)).lower(*inputs).compile() for name in names}
         wall = {name: float("inf") for name in names}
         processor = dict(wall)
         for _ in range(args.rounds + 1):  # the first round warms up, and is never the least
-            for name, run in compiled.items():
+            for key, run in compiled.items():
                 start, start_cpu = time.perf_counter(), time.process_time()
                 jax.block_until_ready(run(*inputs))
-                wall[name] = min(wall[name], time.perf_counter() - start)
-                processor[name] = min(processor[name], time.process_time() - start_cpu)
+                wall[key] = min(wall[key], time.perf_counter() - start)
+                processor[key] = min(processor[key], time.process_time() - start_cpu)
 
         for name, block in names:
-            memory = compiled[name, block].memory_analysis()
+            memory: Any = compiled[name, block].memory_analysis()
             row = {
                 "form": name,
                 "block": block or None,

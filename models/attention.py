@@ -12,10 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from models.blocked_attention import BLOCK, blocked_attention
 from models.masks import NO_ARRAYS, Mask, MaskArrays, visible
+from models.row_attention import row_attention
 from models.xla_attention import Core, xla_attention
 from parallel.rules import Rules
 
-IMPLEMENTATIONS = ("auto", "xla", "blocked", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "rows", "blocked", "cudnn")
+MOST_ROWS = 8  # blocks of queries that are unrolled on CPU; the program grows with them
 LONGEST_BIAS = 8192  # longer rows with a mask that cuDNN takes as a bias go to the blocked form
 
 
@@ -48,18 +50,19 @@ def attention(
       arrays: the segments and prefix lengths that the mask asks for.
       rules: the layout.
       implementation: `xla` keeps the probabilities, quadratic in T. `blocked` skips blocks that
-        the mask hides statically and keeps nothing quadratic. `cudnn` is the flash attention of
+        the mask hides statically and keeps nothing quadratic; so does `rows`, its loop over blocks
+        of queries unrolled: faster on CPU, but the program grows. `cudnn` is the flash attention of
         cuDNN: on GPU, bfloat16 or float16, no softcap and no dropout; causality and causal windows
         are its own, while documents, prefixes and two-sided windows reach it as a bias
-        [B, 1, T, S] in the compute dtype. `auto` is xla up to one block, else cudnn where it can
-        and such a bias is no longer than `LONGEST_BIAS`, else blocked (which is faster than xla
-        on CPU: `benchmarks/attention.py`).
+        [B, 1, T, S] in the compute dtype. `auto` is xla up to one block; on CPU
+        rows up to `MOST_ROWS` blocks; else cudnn where it can and such a bias is no longer than
+        `LONGEST_BIAS`, else blocked (`benchmarks/attention.py` times them on CPU).
       scale: of the scores; default 1 / sqrt(H).
       softcap: scores are `softcap * tanh(score / softcap)` (Gemma Team 2024,
         https://arxiv.org/abs/2408.00118); None for none.
       dropout_rate: share of the probabilities that are dropped.
       dropout_key: needed where the rate is not 0; equal keys drop equally on every mesh.
-      block: queries and keys in a block of the blocked form.
+      block: queries and keys in a block of the blocked forms.
 
     Returns:
       o_BTNH, sharded as q.
@@ -75,9 +78,11 @@ def attention(
     form = _choose(implementation, q_BTNH, k_BSKH, core)
     if form == "cudnn":
         return _cudnn(q_BTNH, k_BSKH, v_BSKH, arrays, core, spec)
+    block = min(block, max(q_BTNH.shape[1], k_BSKH.shape[1]))
     if form == "blocked":
-        block = min(block, max(q_BTNH.shape[1], k_BSKH.shape[1]))
         o_BTKGH = blocked_attention(q_BTKGH, k_BSKH, v_BSKH, arrays, dropout_key, core, block)
+    elif form == "rows":
+        o_BTKGH = row_attention(q_BTKGH, k_BSKH, v_BSKH, arrays, dropout_key, core, block)
     else:
         o_BTKGH = xla_attention(q_BTKGH, k_BSKH, v_BSKH, arrays, dropout_key, core)
     return jnp.reshape(o_BTKGH, q_BTNH.shape, out_sharding=spec)
@@ -92,11 +97,15 @@ def _choose(implementation: str, q_BTNH: Array, k_BSKH: Array, core: Core) -> st
         )
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if implementation == "cudnn" and (reason := _not_for_cudnn(q_BTNH, k_BSKH, core)):
-        raise ValueError(f"config.model.attention = 'cudnn': {reason}; choose auto, xla or blocked")
+        raise ValueError(
+            f"config.model.attention = 'cudnn': {reason}; choose auto, xla, rows or blocked"
+        )
     if implementation != "auto":
         return implementation
     if max(T, S) <= BLOCK:  # one block: nothing to skip, and the probabilities are few
         return "xla"
+    if _platform() == "cpu" and max(T, S) <= MOST_ROWS * BLOCK:
+        return "rows"
     biased = not _in_kernel(core.mask)
     if (biased and max(T, S) > LONGEST_BIAS) or _not_for_cudnn(q_BTNH, k_BSKH, core):
         return "blocked"
@@ -105,8 +114,7 @@ def _choose(implementation: str, q_BTNH: Array, k_BSKH: Array, core: Core) -> st
 
 def _not_for_cudnn(q_BTNH: Array, k_BSKH: Array, core: Core) -> str | None:
     """Why cuDNN cannot compute this, or None where it can."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    platform = _platform()
     if platform not in ("gpu", "cuda"):
         return f"cuDNN runs on NVIDIA GPUs and this mesh is of {platform}"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
@@ -124,6 +132,12 @@ def _not_for_cudnn(q_BTNH: Array, k_BSKH: Array, core: Core) -> str | None:
     except (NotImplementedError, RuntimeError, ValueError) as error:
         return f"JAX says {error}".rstrip(".")
     return None
+
+
+def _platform() -> str:
+    """What the program will run on, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _in_kernel(mask: Mask) -> bool:

@@ -14,7 +14,7 @@ CHOICES = {
     "positions": ("rope", "learned", "sinusoidal", "none"),
     "rope_scaling": SCALINGS,
     "activation": ("gelu", "gelu_tanh", "silu", "relu"),
-    "attention": ("auto", "xla", "blocked", "cudnn"),
+    "attention": ("auto", "xla", "rows", "blocked", "cudnn"),
 }
 
 

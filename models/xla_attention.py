@@ -109,8 +109,9 @@ def _backward(
     s = ds if core.softcap is None else core.scores(q_BKGTH, k_BKSH)
     ds = core.through_scores(ds, s).astype(q_BKGTH.dtype)
     dq_BKGTH = jnp.einsum("bkgts,bksh->bkgth", ds, k_BKSH)
-    dk_BKSH = jnp.einsum("bkgts,bkgth->bksh", ds, q_BKGTH)
-    return dq_BKGTH, dk_BKSH, None
+    # Contracting the rows of ds, the larger operand, takes twice as long on CPU.
+    dk_BKHS = jnp.einsum("bkgth,bkgts->bkhs", q_BKGTH, ds)
+    return dq_BKGTH, jnp.swapaxes(dk_BKHS, -1, -2), None
 
 
 _probabilities.defvjp(_forward, _backward)

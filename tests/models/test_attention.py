@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from models.attention import attention
+from models.attention import MOST_ROWS, attention
 from models.blocked_attention import BLOCK
 from models.masks import NO_ARRAYS, Mask, MaskArrays, visible
 from parallel.mesh import AXES, MeshConfig
@@ -19,7 +19,7 @@ from parallel.rules import ParallelConfig, Rules, make_rules
 B, T, N, H = 2, 20, 4, 8
 SEGMENTS = np.array([[1] * 9 + [2] * 8 + [0] * 3, [1] * 3 + [2] * 17], np.int32)
 PREFIX = np.array([7, 0], np.int32)
-FORMS = ["xla", "blocked"]
+FORMS = ["xla", "rows", "blocked"]
 
 
 def rules_for(batch: int = B, heads: int = N, kv_heads: int = N, **sizes: int) -> Rules:
@@ -294,6 +294,7 @@ def test_bfloat16_is_near_and_keeps_its_dtype(use_mesh, form):
 
 SAVED = {
     "xla": ("query", "key", "value", "attention_probs"),
+    "rows": ("query", "key", "value", "attention_out", "attention_lse"),
     "blocked": ("query", "key", "value", "attention_out", "attention_lse"),
 }
 
@@ -325,8 +326,8 @@ def test_named_residuals_spare_everything_quadratic(use_mesh, form):
             products[name] = len(list(primitives(jaxpr, "dot_general")))
             gradients[name] = jax.jit(grad)(q, k, v)
     # xla: 2 forward, 4 backward. blocked: 2 forward, 5 backward. full: the forward again, less what
-    # only the output needs.
-    want = {"xla": (6, 6, 7), "blocked": (7, 7, 9)}[form]
+    # only the output needs. rows: as blocked, three times.
+    want = {"xla": (6, 6, 7), "rows": (21, 21, 27), "blocked": (7, 7, 9)}[form]
     assert (products["none"], products["saved"], products["full"]) == want
     for name in ("saved", "full"):
         for x, y in zip(gradients[name], gradients["none"], strict=True):
@@ -380,23 +381,29 @@ def test_inside_a_pipeline_stage(use_mesh, form):
             assert_near([np.asarray(x)[microbatch] for x in got], want, 1e-6)
 
 
-def test_auto_is_blocked_beyond_one_block(use_mesh):
+def test_auto_goes_by_the_length(use_mesh):
+    """On CPU: whole, then rows of blocks, then a loop over pairs of blocks."""
     with use_mesh():
-        for length, scans in ((BLOCK, 0), (BLOCK + 1, 1)):
+        for blocks, products, scans in ((1, 2, 0), (2, 4, 0), (MOST_ROWS + 1, 2, 1)):
+            length = blocks * BLOCK
             run = lambda q, k, v: attention(q, k, v, Mask(), rules=rules_for())
             jaxpr = jax.make_jaxpr(run)(*inputs(q_length=length, k_length=length)[:3]).jaxpr
+            assert len(list(primitives(jaxpr, "dot_general"))) == products
             assert len(list(primitives(jaxpr, "scan"))) == scans
 
 
 @pytest.mark.parametrize(
     ("implementation", "message"),
     [
-        ("flash", "config.model.attention = 'flash': choose one of auto, xla, blocked, cudnn"),
+        (
+            "flash",
+            "config.model.attention = 'flash': choose one of auto, xla, rows, blocked, cudnn",
+        ),
         (
             "cudnn",
             (
                 "config.model.attention = 'cudnn': cuDNN runs on NVIDIA GPUs and this mesh is of "
-                "cpu; choose auto, xla or blocked"
+                "cpu; choose auto, xla, rows or blocked"
             ),
         ),
     ],
