@@ -33,6 +33,7 @@ def main(config: Any, workdir: Path) -> None:
     from experiment import read_experiment
     from models.flops import flops_per_token
     from parallel.compilation import device_bytes, keep_compiled
+    from parallel.host_memory import keep_host_memory
     from parallel.mesh import make_mesh
     from training.checkpoint import Checkpoints
     from training.evaluation import evaluate, make_eval_step
@@ -47,6 +48,7 @@ def main(config: Any, workdir: Path) -> None:
 
     # --- Config and mesh ----------------------------------------------------------------------
     keep_compiled()
+    keep_host_memory()
     experiment = read_experiment(config, jax.device_count())
     checkpoints = Checkpoints(workdir / "checkpoints", experiment.checkpoint)
     if checkpoints.latest() is not None and has_config(workdir):
