@@ -11,6 +11,7 @@ import difflib
 import logging
 import os
 import re
+import shutil
 import sys
 import traceback
 import warnings
@@ -147,6 +148,14 @@ def parse(
     else:
         config = read_config(options.workdir)
     return options, override(config, overrides)
+
+
+def this_python() -> str:
+    """How to call the running interpreter from here."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    inside = Path(sys.executable).is_relative_to(Path.cwd())
+    return os.path.relpath(sys.executable) if inside else sys.executable
 
 
 class _Parser(argparse.ArgumentParser):

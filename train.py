@@ -10,9 +10,6 @@ The workdir gets `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -161,7 +158,7 @@ def main(config: Any, workdir: Path) -> None:
                     say(f"stopped after step {step}; the same command continues")
                     break
         say(f"ended after {time.perf_counter() - began:.0f} s; to evaluate the newest checkpoint:")
-        say(f"    {this_python()} evaluate.py --workdir={workdir}")
+        say(f"    {cli.this_python()} evaluate.py --workdir={workdir}")
 
 
 def format_result(result: dict[str, float]) -> str:
@@ -179,14 +176,6 @@ def check_same_data(saved: str, now: str, workdir: Path) -> None:
             f"config.data: the files have changed since --workdir={workdir} was trained "
             f"(fingerprint {saved[:12]}, now {now[:12]}); give the same files or another --workdir"
         )
-
-
-def this_python() -> str:
-    """How to call the running interpreter from here."""
-    if shutil.which("python") == sys.executable:
-        return "python"
-    inside = Path(sys.executable).is_relative_to(Path.cwd())
-    return os.path.relpath(sys.executable) if inside else sys.executable
 
 
 def say(line: str) -> None:
