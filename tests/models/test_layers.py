@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from models.layers import (
     ACTIVATIONS,
@@ -106,19 +107,17 @@ def test_dropout_drops_its_share_scales_the_rest_and_is_one_mask_on_every_mesh(u
 
 def test_weights_are_laid_out_at_rest_and_the_same_on_every_mesh(use_mesh):
     values = []
-    for sizes, spec in (
-        ({}, ("fsdp", "tensor", None)),
-        ({"fsdp": 4, "tensor": 2}, ("fsdp", "tensor", None)),
-    ):
+    for sizes in ({}, {"fsdp": 4, "tensor": 2}):
         with use_mesh(**sizes):
             rules = rules_for(**sizes)
             init = lambda rngs, rules=rules: weight(
                 rngs, (D, 4, 8), "embed -> heads head_dim", rules, normal(0.5)
             ).get_value()
             value = jax.jit(lambda init=init: init(nnx.Rngs(params=3)))()
-            assert tuple(jax.typeof(value).sharding.spec) == spec
             parts = math.prod(sizes.values())
             assert {s.data.size for s in value.addressable_shards} == {D * 4 * 8 // parts}
+            if sizes:
+                assert jax.typeof(value).sharding.spec == P("fsdp", "tensor", None)
             values.append(np.asarray(value))
     np.testing.assert_array_equal(*values)
     assert abs(values[0].std() - 0.5) < 0.05  # 512 draws: a standard deviation of 0.016
