@@ -68,19 +68,23 @@ def arguments(workdir: Path, texts: str, **keys: Any) -> list[str]:
     return [f"--config={__file__}", f"--workdir={workdir}", *overrides]
 
 
+def environment(devices: int, compiled: Path | None = None) -> dict[str, str]:
+    """Variables for a process of `devices` CPU devices; without `compiled` it keeps no programs."""
+    mine = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    mine["JAX_ENABLE_COMPILATION_CACHE"] = "false" if compiled is None else "true"
+    return os.environ | mine | ({"JAX_COMPILATION_CACHE_DIR": str(compiled)} if compiled else {})
+
+
 def start(
     program: str, *argv: object, devices: int = 1, compiled: Path | None = None
 ) -> subprocess.Popen:
     """Starts `train.py` or `evaluate.py`; `compiled` keeps programs from one run to the next."""
-    environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    if compiled is not None:
-        environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
     return subprocess.Popen(
         [sys.executable, str(ROOT / program), *map(str, argv)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environ,
+        env=environment(devices, compiled),
     )
 
 
