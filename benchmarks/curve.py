@@ -1,6 +1,6 @@
 """Draws the loss of a run over its steps, from its metrics.jsonl, as SVG.
 
-    python benchmarks/curve.py runs/tiny docs/quickstart.svg
+python benchmarks/curve.py runs/tiny docs/quickstart.svg
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-r"""A 0.9-million-parameter byte-level decoder on the Python standard library: the first run, on any machine.
+r"""A byte-level decoder of 0.95 million parameters on the Python standard library: the first run.
 
-Real text that is on every machine that has Python, its bytes as tokens, float32 throughout.
+For any machine: real text that comes with every Python, its bytes as tokens, float32 throughout.
 The mesh is `data=-1`, so it runs on 1, 2, 4 or 8 devices; heads divide by 8 for tensor parallelism.
 
     python train.py --config=configs/tiny.py --workdir=runs/tiny

@@ -11,9 +11,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
 import pytest
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
 from parallel.mesh import MeshConfig, make_mesh
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True)

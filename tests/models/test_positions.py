@@ -131,8 +131,10 @@ def test_positions_are_sharded_as_what_they_turn(use_mesh, dtype):
         ({"factor": 2.0}, "config.model.rope_factor = 2.0 has no effect"),
         (
             {"scaling": "llama3", "low_freq_factor": 4.0},
-            "config.model.rope_low_freq_factor = 4.0: must be below "
-            "config.model.rope_high_freq_factor = 4.0",
+            (
+                "config.model.rope_low_freq_factor = 4.0: must be below "
+                "config.model.rope_high_freq_factor = 4.0"
+            ),
         ),
     ],
 )
