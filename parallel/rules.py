@@ -98,6 +98,11 @@ class ParallelConfig:
                 raise ValueError(f"{key} = {axes!r}: a list of mesh axes of {', '.join(AXES)}")
             if len(set(axes)) != len(tuple(axes)):
                 raise ValueError(f"{key} = {axes!r}: a mesh axis may be named once")
+            if name == "batch" and not {"data", FSDP} <= set(axes):
+                raise ValueError(
+                    f"{key} = {axes!r}: the batch is divided over data and {FSDP} at least; "
+                    f"name both"
+                )
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,10 @@ def test_fewer_kv_heads_than_parts_are_replicated(kv_heads, parts):
             "config.parallel.rules.layers = ['fsdp']: the scanned layer axis carries no mesh axis",
         ),
         (
+            {"rules": {"batch": ["data"]}},
+            "config.parallel.rules.batch = ['data']: the batch is divided over data and fsdp at least",
+        ),
+        (
             {"rules": {"mlp": ["model"]}},
             (
                 "config.parallel.rules.mlp = ['model']: a list of mesh axes of data, fsdp, pipe, "
