@@ -9,7 +9,9 @@ unrolled, and with `--torch` against the compiled step of `torch_gpt2.py`, which
 a process of its own. Eight simulated devices: a smaller model against the scanned bare step in the
 same layout, FSDP8 and then TP4 x DP2. All start from the same parameters, see the same batches and
 do the same maths (float32, AdamW, clipping, one document a row); every loss is held to that of the
-scanned bare step. `--set model.unroll=1 "model.attention='xla'"` changes keys of our config.
+scanned bare step. All run with huge pages (`parallel/huge_pages.py`);
+GLIBC_TUNABLES=glibc.malloc.hugetlb=0 turns them off. `--set model.unroll=1 "model.attention='xla'"`
+changes keys of our config.
 
 Prints one JSON line a variant. Seconds are of a step; `ratio` is to the best bare step: the median
 over rounds of the ratio within a round, in which a busy neighbour slows all.
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -40,7 +43,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import base
 from experiment import Experiment, read_experiment
-from parallel.host_memory import keep_host_memory
+from parallel.huge_pages import use_huge_pages
 from parallel.mesh import make_mesh
 from training.optim import make_optimizer
 from training.schedules import make_schedule
@@ -260,7 +263,6 @@ def report(
     measured: tuple[dict[str, list[float]], dict[str, list[float]]],
     mib: dict[str, float],
     changes: list[str],
-    kept: bool,
 ) -> None:
     """One JSON line a variant."""
     wall, processors = measured
@@ -282,7 +284,7 @@ def report(
             "best_bare": best,
             "rounds": len(times),
             "changes": changes if name == "ours" else [],
-            "memory_kept": kept and not name.startswith("torch"),
+            "malloc": os.environ.get("GLIBC_TUNABLES", ""),
         }
         versions = {"jax": jax.__version__, "python": platform.python_version()}
         print(json.dumps(row | {"shape": vars(shape)} | versions), flush=True)
@@ -297,10 +299,8 @@ def main() -> None:
     )
     parser.add_argument("--layouts", nargs="+", choices=tuple(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
-    parser.add_argument("--no-keep", action="store_true", help="leave malloc as it is")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.devices)
-    kept = not args.no_keep and keep_host_memory()  # for all that run in this process
 
     shape = ONE if args.devices == 1 else EIGHT
     one_device: dict[str, tuple[dict[str, int], bare.Layout]] = {"one device": ({}, bare.Layout())}
@@ -317,8 +317,9 @@ def main() -> None:
             if args.torch and args.devices == 1:
                 steps["torch compiled"] = pytorch(args.torch, shape, initial, Path(folder))
             measured = take_turns(steps, shape, args.rounds)
-        report(name, shape, measured, mib, args.changes, kept)
+        report(name, shape, measured, mib, args.changes)
 
 
 if __name__ == "__main__":
+    use_huge_pages()  # for all of them, PyTorch's process too
     main()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from parallel.compilation import quick_compilation
 from parallel.precision import LossScale, PrecisionConfig
 from parallel.rules import Rules
 from training.optim import state_specs
@@ -92,11 +93,10 @@ def create_state(
     """
     shardings = shardings_of(state_partition(model, optimizer, precision), mesh)
 
-    @jax.jit
     def init_params() -> Tree:
         return _cast(model.init(jax.random.key(seed)), precision)
 
-    params = init_params()
+    params = jax.jit(init_params, compiler_options=quick_compilation())()
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     zero, scale = jnp.int32(0), LossScale.init(precision)
     rest = jax.device_put(
