@@ -70,8 +70,6 @@ def main(config: Any, workdir: Path) -> None:
         say(str(data.summary))
 
         # --- State: restored, or drawn from the seed ------------------------------------------
-        if jax.process_index() == 0:
-            write_config(workdir, config)
         start, state = 0, None
         if checkpoints.latest() is not None:
             abstract = abstract_state(model, optimizer, experiment.precision, mesh)
@@ -80,6 +78,8 @@ def main(config: Any, workdir: Path) -> None:
             say(f"continuing from step {start}")
         else:
             state = create_state(model, optimizer, experiment.precision, experiment.seed, mesh)
+        if jax.process_index() == 0:  # only now is nothing refused any more
+            write_config(workdir, config)
         parameters = sum(p.size for p in jax.tree.leaves(state.params))
         padded = experiment.model.padded_vocab
         say(f"model: {parameters:,} parameters, vocabulary padded to {padded}")
@@ -149,7 +149,9 @@ def main(config: Any, workdir: Path) -> None:
                         row |= {
                             f"eval_{name}": held_out[name] for name in ("loss", "bits_per_byte")
                         }
-                if saving:
+                # The row comes first, so that a kill in between loses neither; and steps that are
+                # skipped push no good checkpoint out.
+                if saving and (metrics.flush() or done or stopping):
                     kept = {"data": data.summary.fingerprint, "config": plain(config)}
                     checkpoints.save(step, state, kept | {"metrics": held_out})
                 if done:

@@ -447,7 +447,6 @@ def test_continuing_with_other_held_out_files(refused, finished, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="train.py writes config.json before it has checked the data")
 def test_refused_data_do_not_reach_the_config(finished, tmp_path):
     workdir, other = shutil.copytree(finished, tmp_path / "run"), write_texts(tmp_path / "texts")
     flags = [f"--workdir={workdir}", f"--config.data.eval_path={other}"]

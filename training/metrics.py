@@ -128,11 +128,16 @@ class Metrics:
         self._since += time.perf_counter() - start
         self._row = row
 
+    def flush(self) -> bool:
+        """Logs the step last pushed, and says whether its gradient was finite."""
+        pending, self._pending = self._pending, None
+        self._log(pending)
+        return self._skipped == 0
+
     def close(self) -> None:
         """Logs the step last pushed and closes all outputs."""
-        pending, self._pending = self._pending, None
         try:
-            self._log(pending)
+            self.flush()
         finally:
             for writer in self._writers:
                 writer.close()
