@@ -11,7 +11,7 @@ PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def use_huge_pages() -> None:
-    """Starts this program again with huge pages, where they are there for the asking; call it first.
+    """Starts this program again with huge pages, where they may be asked for; call it first.
 
     A step on CPU takes its temporaries anew from the system, which clears them page by page as they
     are touched: with pages of 4 KiB that takes longer than most elementwise operations themselves.
