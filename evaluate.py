@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
+from parallel.huge_pages import use_huge_pages
 
 
 def main(config: Any, workdir: Path, step: int | None) -> None:
@@ -60,5 +61,6 @@ def main(config: Any, workdir: Path, step: int | None) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     flags = [cli.Flag("step", int, None, "the step to restore; default: the newest")]
     cli.run(main, name="evaluate.py", about=__doc__, config_from="workdir", flags=flags)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
+from parallel.huge_pages import use_huge_pages
 
 
 def main(config: Any, workdir: Path) -> None:
@@ -30,7 +31,6 @@ def main(config: Any, workdir: Path) -> None:
     from experiment import read_experiment
     from models.flops import flops_per_token
     from parallel.compilation import device_bytes, keep_compiled
-    from parallel.host_memory import keep_host_memory
     from parallel.mesh import make_mesh
     from training.checkpoint import Checkpoints
     from training.evaluation import evaluate, make_eval_step
@@ -45,7 +45,6 @@ def main(config: Any, workdir: Path) -> None:
 
     # --- Config and mesh ----------------------------------------------------------------------
     keep_compiled()
-    keep_host_memory()
     experiment = read_experiment(config, jax.device_count())
     checkpoints = Checkpoints(workdir / "checkpoints", experiment.checkpoint)
     if checkpoints.latest() is not None and has_config(workdir):
@@ -189,4 +188,5 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     cli.run(main, name="train.py", about=__doc__, config_from="file")
