@@ -7,7 +7,7 @@ The mesh is `data=-1`, so it runs on 1, 2, 4 or 8 devices; heads divide by 8 for
     JAX_NUM_CPU_DEVICES=8 python train.py --config=configs/tiny.py --workdir=runs/tiny8 \
         --config.mesh.data=2 --config.mesh.fsdp=2 --config.mesh.tensor=2
 
-The loss starts at ln(257) = 5.5 and falls below half of it in a minute or two on two cores.
+The loss starts at ln(257) = 5.5 and falls below half of it within a minute on two cores.
 """
 
 from ml_collections import ConfigDict
@@ -35,6 +35,6 @@ def get_config() -> ConfigDict:
 
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 20
-    config.train.steps = 120
+    config.train.steps = 90
     config.checkpoint.every = 100
     return config
