@@ -35,6 +35,6 @@ def get_config() -> ConfigDict:
 
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 20
-    config.train.steps = 90
+    config.train.steps = 120
     config.checkpoint.every = 100
     return config
