@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     model.init_std = 0.02  # of the initial weights
     model.dropout = 0.0  # of embeddings and residual branches, in [0, 1)
     model.attention_dropout = 0.0  # of attention probabilities
-    model.attention = "auto"  # auto | xla | blocked | cudnn
+    model.attention = "auto"  # auto | xla | rows | blocked | cudnn
     model.unroll = 1  # layers in one iteration of the scan; more is faster, and saves more
 
     config.mesh = mesh = ConfigDict()  # parallel/mesh.py; the product is the number of devices

@@ -1,7 +1,5 @@
 """The one door for contractions with weights: it owns their layout, forward and backward.
 
-Quantised and low-rank weights plug in here: the door is where a weight's form is known.
-
 Three things are decided here instead of being left to the compiler. A weight divided over fsdp is
 gathered where it is used, in the forward and again in the backward pass, and only the divided one
 is kept in between. Its gradient leaves divided as the weight (of a `Twin`, as its `part`), by one

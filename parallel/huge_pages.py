@@ -1,4 +1,4 @@
-"""Pages of 2 MiB for large blocks of host memory: on CPU a third of a step went into small ones."""
+"""Pages of 2 MiB for large blocks of host memory: a CPU step is slow to clear small ones."""
 
 from __future__ import annotations
 
