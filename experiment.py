@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from config_types import build
 from data.config import DataConfig
+from memory.job import Job
 from models.config import DecoderConfig
 from parallel.mesh import MeshConfig
 from parallel.precision import PrecisionConfig
@@ -82,6 +83,23 @@ class Experiment:
     def build_model(self) -> Model:
         """The model as pure functions under this layout; call it inside `jax.set_mesh`."""
         return causal_lm(self.model, self.loss, self.rules(), self.remat)
+
+    def job(self) -> Job:
+        """The training step, for the planner."""
+        return Job(
+            model=self.model,
+            mesh=self.mesh,
+            parallel=self.parallel,
+            precision=self.precision,
+            remat=self.remat,
+            optimizer=self.optimizer,
+            loss=self.loss,
+            batch_size=self.data.batch_size,
+            sequence_length=self.data.sequence_length,
+            micro_steps=self.train.grad_accumulation,
+            steps=self.train.steps,
+            rules=self.rules(),
+        )
 
     def describe_layout(self) -> str:
         """One line: the mesh and what divides what."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "pipe", "context", "expert", "tensor")
@@ -82,7 +83,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = tuple(config.resolve(len(devices)).sizes().values())
-    types = (AxisType.Explicit,) * len(AXES)
-    if devices == jax.devices():  # lets JAX lay the fast (last) axes on the fast links
-        return jax.make_mesh(sizes, AXES, axis_types=types)
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
+    return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def arrange(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array of `sizes`, the last (fastest) axes over the fastest links.
+
+    GPUs are numbered host by host, so neighbours of the last axis share NVLink; on TPU JAX maps
+    axes to dims of the torus.
+    """
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

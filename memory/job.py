@@ -1,0 +1,60 @@
+"""What the planner needs of an experiment: its typed sections and the layout they give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.config import DecoderConfig
+from parallel.mesh import MeshConfig
+from parallel.precision import PrecisionConfig
+from parallel.remat import RematConfig
+from parallel.rules import ParallelConfig, Rules
+from training.losses import LossConfig
+from training.objectives import causal_lm
+from training.optim import OptimizerConfig
+from training.state import Model
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training step of one config on one mesh; `mesh` is resolved.
+
+    Attributes:
+      batch_size: sequences of a step over all devices.
+      sequence_length: tokens of each.
+      micro_steps: parts that a step's batch is divided into.
+      steps: of the run, for the schedule.
+      rules: the layout.
+    """
+
+    model: DecoderConfig
+    mesh: MeshConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    remat: RematConfig
+    optimizer: OptimizerConfig
+    loss: LossConfig
+    batch_size: int
+    sequence_length: int
+    micro_steps: int
+    steps: int
+    rules: Rules
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Mesh axis -> its size."""
+        return self.mesh.sizes()
+
+    @property
+    def rows(self) -> int:
+        """Sequences of one micro-step on one device."""
+        return self.batch_size // self.micro_steps // self.rules.parts("batch")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-step on one device."""
+        return self.rows * self.sequence_length
+
+    def build_model(self) -> Model:
+        """The model as pure functions; call it inside `jax.set_mesh`."""
+        return causal_lm(self.model, self.loss, self.rules, self.remat)
