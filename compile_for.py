@@ -22,7 +22,7 @@ from typing import Any
 from parallel.targets import Target, parse_target
 
 ROOT = Path(__file__).parent
-SOURCES = ("parallel", "models", "training", "memory")
+SOURCES = ("parallel/*.py", "models/*.py", "training/*.py", "memory/job.py", "memory/compiled.py")
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax", "nvidia-cudnn-cu12")
 # What cannot change the program.
 IRRELEVANT = ("checkpoint", "eval", "logging")
@@ -83,8 +83,8 @@ def content_key(config: dict[str, Any], target: Target) -> str:
             digest.update(f"{package} {importlib.metadata.version(package)}".encode())
         except importlib.metadata.PackageNotFoundError:
             continue
-    for room in SOURCES:
-        for file in sorted((ROOT / room).rglob("*.py")):
+    for pattern in SOURCES:
+        for file in sorted(ROOT.glob(pattern)):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
 

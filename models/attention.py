@@ -14,10 +14,13 @@ from models.blocked_attention import BLOCK, blocked_attention
 from models.masks import NO_ARRAYS, Mask, MaskArrays, visible
 from models.row_attention import row_attention
 from models.xla_attention import Core, xla_attention
+from parallel.footprint import Activation
+from parallel.mesh import platform
 from parallel.rules import Rules
 
 IMPLEMENTATIONS = ("auto", "xla", "rows", "blocked", "cudnn")
 MOST_ROWS = 8  # blocks of queries that are unrolled on CPU; the program grows with them
+LARGEST_HEAD = 128  # of cuDNN's kernel with a bias
 LONGEST_BIAS = 8192  # longer rows with a mask that cuDNN takes as a bias go to the blocked form
 
 
@@ -104,7 +107,7 @@ def _choose(implementation: str, q_BTNH: Array, k_BSKH: Array, core: Core) -> st
         return implementation
     if max(T, S) <= BLOCK:  # one block: nothing to skip, and the probabilities are few
         return "xla"
-    if _platform() == "cpu" and max(T, S) <= MOST_ROWS * BLOCK:
+    if platform() == "cpu" and max(T, S) <= MOST_ROWS * BLOCK:
         return "rows"
     biased = not _in_kernel(core.mask)
     if (biased and max(T, S) > LONGEST_BIAS) or _not_for_cudnn(q_BTNH, k_BSKH, core):
@@ -114,9 +117,9 @@ def _choose(implementation: str, q_BTNH: Array, k_BSKH: Array, core: Core) -> st
 
 def _not_for_cudnn(q_BTNH: Array, k_BSKH: Array, core: Core) -> str | None:
     """Why cuDNN cannot compute this, or None where it can."""
-    platform = _platform()
-    if platform not in ("gpu", "cuda"):
-        return f"cuDNN runs on NVIDIA GPUs and this mesh is of {platform}"
+    runs_on = platform()
+    if runs_on not in ("gpu", "cuda"):
+        return f"cuDNN runs on NVIDIA GPUs and this mesh is of {runs_on}"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN wants config.precision.compute bfloat16 or float16, not {q_BTNH.dtype}"
     if core.softcap is not None:
@@ -132,12 +135,6 @@ def _not_for_cudnn(q_BTNH: Array, k_BSKH: Array, core: Core) -> str | None:
     except (NotImplementedError, RuntimeError, ValueError) as error:
         return f"JAX says {error}".rstrip(".")
     return None
-
-
-def _platform() -> str:
-    """What the program will run on, which need not be here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _in_kernel(mask: Mask) -> bool:
@@ -200,3 +197,43 @@ def _repeat_heads(x_BSKH: Array, repeats: int) -> Array:
     B, S, K, H = x_BSKH.shape
     x = jnp.broadcast_to(x_BSKH[:, :, :, None, :], (B, S, K, repeats, H))
     return jnp.reshape(x, (B, S, K * repeats, H))
+
+
+def form_for(
+    implementation: str,
+    platform: str,
+    length: int,
+    head_dim: int,
+    dtype: str,
+    *,
+    softcap: bool = False,
+    dropped: bool = False,
+    biased: bool = True,
+) -> str:
+    """The form that self-attention takes on `platform`, without an array to ask: as `_choose` does.
+
+    Args:
+      length: tokens of a row.
+      dtype: compute dtype.
+      softcap, dropped: whether scores are capped, probabilities dropped.
+      biased: whether the mask reaches cuDNN as a bias (documents).
+    """
+    if implementation != "auto":
+        return implementation
+    if length <= BLOCK:
+        return "xla"
+    if platform == "cpu" and length <= MOST_ROWS * BLOCK:
+        return "rows"
+    possible = platform in ("gpu", "cuda") and dtype in ("bfloat16", "float16")
+    refused = softcap or dropped or head_dim > LARGEST_HEAD or (biased and length > LONGEST_BIAS)
+    return "cudnn" if possible and not refused else "blocked"
+
+
+def attention_residuals(form: str, *, dropped: bool) -> list[Activation]:
+    """What the core keeps beside q, k and v and its own result."""
+    out = Activation("attention_out", "batch seq act_heads head_dim")
+    if form == "xla":
+        probs = "batch act_heads seq keys"
+        masked = [Activation("dropout", probs, "bool"), Activation("attention_probs", probs)]
+        return [Activation("attention_probs", probs), *(masked if dropped else [])]
+    return [out, Activation("attention_lse", "batch act_heads seq", "float32")]

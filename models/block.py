@@ -8,9 +8,14 @@ import jax
 from flax import nnx
 
 from models.config import DecoderConfig
-from models.feed_forward import FeedForward
-from models.layers import Norm, dropout
-from models.self_attention import SelfAttention
+from models.feed_forward import FeedForward, feed_forward_residuals, feed_forward_weights
+from models.layers import Norm, dropout, norm_residuals, norm_weights
+from models.self_attention import (
+    SelfAttention,
+    self_attention_residuals,
+    self_attention_weights,
+)
+from parallel.footprint import Activation, Weight
 from parallel.remat import tag
 from parallel.rules import Rules
 
@@ -68,3 +73,25 @@ class Block(nnx.Module):
         if self.mlp_post_norm is not None:
             y_BTD = self.mlp_post_norm(y_BTD)
         return self.mlp_norm(x_BTD + y_BTD) if post else x_BTD + y_BTD
+
+
+def block_weights(config: DecoderConfig) -> list[Weight]:
+    """The weights of one `Block`."""
+    norms = 4 if config.norm_position == "sandwich" else 2
+    return [
+        *self_attention_weights(config),
+        *feed_forward_weights(config),
+        *norm_weights(config.embed_dim, config.norm) * norms,
+    ]
+
+
+def block_residuals(config: DecoderConfig, form: str) -> list[Activation]:
+    """What the backward pass of one `Block` keeps without rematerialisation."""
+    norms = 4 if config.norm_position == "sandwich" else 2
+    masks = [Activation("dropout", RESIDUAL, "bool")] * (2 if config.dropout else 0)
+    return [
+        *norm_residuals(RESIDUAL) * norms,
+        *self_attention_residuals(config, form),
+        *feed_forward_residuals(config),
+        *masks,
+    ]

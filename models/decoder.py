@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.block import RESIDUAL, Block, Rows
+from models.block import RESIDUAL, Block, Rows, block_weights
 from models.config import DecoderConfig
-from models.layers import Norm, dropout, gathered, normal, weight
+from models.layers import Norm, dropout, gathered, norm_weights, normal, weight
 from models.positions import sinusoidal
 from models.stack import STACKED, Stack
+from parallel.footprint import Weight
 from parallel.remat import RematConfig
 from parallel.rules import Rules
 from parallel.zero import joined
@@ -128,3 +129,16 @@ def logical_axes(abstract: nnx.State) -> Any:
             at = at.setdefault(part, {})
         at[str(path[-1])] = names
     return tree
+
+
+def decoder_weights(config: DecoderConfig) -> tuple[list[Weight], list[Weight]]:
+    """The weights of a `Decoder`: those of one block, and those outside the stack."""
+    D, V = config.embed_dim, config.padded_vocab
+    outside = [Weight((V, D), "vocab -> embed")]
+    if not config.tied:
+        outside.append(Weight((D, V), "embed -> vocab"))
+    if config.positions == "learned":
+        outside.append(Weight((config.max_length, D), "position -> embed"))
+    if config.norm_position != "post":
+        outside += norm_weights(D, config.norm)
+    return block_weights(config), outside

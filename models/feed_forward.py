@@ -11,6 +11,7 @@ from flax import nnx
 
 from models.config import DecoderConfig
 from models.layers import (
+    ACTIVATION_RESIDUALS,
     ACTIVATIONS,
     broadcast_to_rank,
     constant,
@@ -20,6 +21,7 @@ from models.layers import (
     weight,
 )
 from parallel.einsum import einsum, einsums
+from parallel.footprint import Activation, Weight
 from parallel.remat import tag
 from parallel.rules import Rules
 
@@ -54,3 +56,23 @@ class FeedForward(nnx.Module):
         if self.down_bias is not None:
             y_BTD = y_BTD + broadcast_to_rank(gathered(self.down_bias, self.rules), 3)
         return tag(y_BTD, "mlp_projection")
+
+
+def feed_forward_weights(config: DecoderConfig) -> list[Weight]:
+    """The weights of one `FeedForward`."""
+    D, F = config.embed_dim, config.mlp_dim
+    into, out_of = Weight((D, F), "embed -> mlp"), Weight((F, D), "mlp -> embed")
+    biases = [Weight((F,), "mlp"), Weight((D,), "norm")] if config.mlp_bias else []
+    return [into] * (2 if config.gated else 1) + [out_of] + biases
+
+
+def feed_forward_residuals(config: DecoderConfig) -> list[Activation]:
+    """What its backward pass keeps without rematerialisation: inputs of the products, and of the
+    nonlinearity whatever its derivative asks for."""
+    mlp = "batch seq act_mlp"
+    inner = ACTIVATION_RESIDUALS[config.activation] + (2 if config.gated else 0)
+    return [
+        Activation("mlp_norm", "batch seq act_embed"),
+        Activation("mlp_act", mlp),
+        *[Activation("mlp_gate" if config.gated else "mlp_up", mlp)] * inner,
+    ]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from parallel.footprint import Activation, Weight
 from parallel.rules import Rules
 from parallel.zero import whole
 
@@ -100,6 +101,19 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
+def norm_weights(dim: int, kind: str, axes: str = "norm") -> list[Weight]:
+    """The weights of one `Norm`."""
+    return [Weight((dim,), axes)] * (2 if kind == "layer" else 1)
+
+
+def norm_residuals(dims: str) -> list[Activation]:
+    """What the backward pass of one `Norm` keeps: its input and its result before the gain, in
+    float32, and the two factors of its root."""
+    root = " ".join(dims.split()[:-1])
+    wide, narrow = Activation("norm", dims, "float32"), Activation("norm root", root, "float32")
+    return [wide, wide, narrow, narrow]
+
+
 def dropout(
     x: jax.Array, rate: float, key: jax.Array | None, rules: Rules, names: str
 ) -> jax.Array:
@@ -112,6 +126,9 @@ def dropout(
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=rules.spec(names))
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
 
+
+# Tensors that the derivative of each nonlinearity keeps, its result left out; relu's is a mask.
+ACTIVATION_RESIDUALS = {"gelu": 3, "gelu_tanh": 5, "silu": 3, "relu": 1}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from models.attention import attention
+from models.attention import attention, attention_residuals
 from models.config import DecoderConfig
 from models.layers import (
     Norm,
@@ -17,6 +17,8 @@ from models.layers import (
     constant,
     dropout,
     gathered,
+    norm_residuals,
+    norm_weights,
     normal,
     residual_std,
     weight,
@@ -24,6 +26,7 @@ from models.layers import (
 from models.masks import Mask, MaskArrays
 from models.positions import rotate
 from parallel.einsum import einsum, einsums
+from parallel.footprint import Activation, Weight
 from parallel.remat import tag
 from parallel.rules import Rules
 
@@ -121,3 +124,38 @@ class SelfAttention(nnx.Module):
             y_BTD = y_BTD + broadcast_to_rank(gathered(self.out_bias, rules), 3)
         y_BTD = tag(y_BTD, "attention_projection")
         return dropout(y_BTD, config.dropout, out_key, rules, residual)
+
+
+def self_attention_weights(config: DecoderConfig) -> list[Weight]:
+    """The weights of one `SelfAttention`."""
+    D, N, K, H = config.embed_dim, config.heads, config.kv_heads, config.head_dim
+    kv = Weight((D, K, H), "embed -> kv_heads head_dim")
+    weights = [
+        Weight((D, N, H), "embed -> heads head_dim"),
+        kv,
+        kv,
+        Weight((N, H, D), "heads head_dim -> embed"),
+    ]
+    if config.qkv_bias:
+        kv_bias = Weight((K, H), "kv_heads head_dim")
+        weights += [Weight((N, H), "heads head_dim"), kv_bias, kv_bias]
+    if config.attention_out_bias:
+        weights.append(Weight((D,), "norm"))
+    if config.qk_norm:
+        weights += norm_weights(H, "rms", "head_dim") * 2
+    return weights
+
+
+def self_attention_residuals(config: DecoderConfig, form: str) -> list[Activation]:
+    """What its backward pass keeps without rematerialisation, with the attention core `form`."""
+    heads, kv_heads = "batch seq act_heads head_dim", "batch seq act_kv_heads head_dim"
+    norms = norm_residuals(heads) + norm_residuals(kv_heads) if config.qk_norm else []
+    return [
+        Activation("attention_norm", "batch seq act_embed"),
+        *norms,
+        Activation("query", heads),
+        Activation("key", kv_heads),
+        Activation("value", kv_heads),
+        *attention_residuals(form, dropped=config.attention_dropout > 0),
+        Activation("attention_out", heads),  # input of the output projection
+    ]

@@ -113,9 +113,7 @@ def _gpu(
     # One 400 Gbit/s network card for each GPU, as DGX and HGX machines have (A100: 200 Gbit/s).
     network = 25e9 if capability[0] == 8 else 50e9
     kinds = (device_kind.removeprefix("NVIDIA ").split("-")[0].split(" ")[0],)
-    return Chip(
-        name, "gpu", kinds, memory, rates, bandwidth, nvlink, network, pcie, gpu=config
-    )
+    return Chip(name, "gpu", kinds, memory, rates, bandwidth, nvlink, network, pcie, gpu=config)
 
 
 # TPU: https://cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e (a chip's memory, less what the

@@ -95,3 +95,9 @@ def arrange(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+
+
+def platform() -> str:
+    """What the program being traced will run on, which need not be here: cpu, gpu (cuda) or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -14,21 +14,21 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-# name -> what it is; sizes per token of one layer, in elements.
+# name -> its dims in one layer, by logical names: what a saved one costs is read off here.
 TENSORS = {
-    "attention_norm": "input of the q, k, v projections: D",
-    "query": "rotated queries: N H",
-    "key": "rotated keys: K H",
-    "value": "values: K H",
-    "attention_probs": "probabilities of the unblocked form: N T",
-    "attention_lse": "log-sum-exp of the blocked form: N",
-    "attention_out": "input of the output projection: N H",
-    "attention_projection": "output of the output projection: D",
-    "mlp_norm": "input of the feed-forward: D",
-    "mlp_gate": "gate before its nonlinearity: F",
-    "mlp_up": "up projection before its nonlinearity: F",
-    "mlp_act": "input of the down projection: F",
-    "mlp_projection": "output of the down projection: D",
+    "attention_norm": "batch residual_seq act_embed",  # input of the q, k, v projections
+    "query": "batch seq act_heads head_dim",  # rotated
+    "key": "batch seq act_kv_heads head_dim",  # rotated
+    "value": "batch seq act_kv_heads head_dim",
+    "attention_probs": "batch act_heads seq keys",  # of the unblocked form
+    "attention_lse": "batch act_heads seq",  # of the blocked forms, float32
+    "attention_out": "batch seq act_heads head_dim",  # input of the output projection
+    "attention_projection": "batch residual_seq act_embed",  # output of the output projection
+    "mlp_norm": "batch residual_seq act_embed",  # input of the feed-forward
+    "mlp_gate": "batch seq act_mlp",  # before its nonlinearity
+    "mlp_up": "batch seq act_mlp",  # before its nonlinearity
+    "mlp_act": "batch seq act_mlp",  # input of the down projection
+    "mlp_projection": "batch residual_seq act_embed",  # output of the down projection
 }
 DOTS = (
     "query",

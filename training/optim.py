@@ -6,6 +6,7 @@ parameter have the parameter's sharding, and elementwise arithmetic keeps it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding
 
+from parallel.mesh import platform
 from parallel.rules import Rules
 from training.matrices import decays, scale_by_factored_rms, scale_by_muon
 from training.schedules import make_schedule
@@ -161,12 +163,21 @@ def apply_update(
         )
         return optax.apply_updates(params, updates), new_state
 
-    # A branch, because it writes over donated state: a select of old and new keeps copies of both.
     with jax.numpy_dtype_promotion("standard"):  # optax raises decay rates to integer powers
-        params, opt_state = jax.lax.cond(
-            finite, update, lambda *unchanged: unchanged, params, opt_state
-        )
+        params, opt_state = _update_if(finite, update, params, opt_state)
     return params, opt_state, norm, finite
+
+
+def _update_if(finite: Array, update: Callable[..., Any], *state: Any) -> Any:
+    """`update(*state)` where `finite`, else `state`, written over the donated state.
+
+    A select is part of the fusion that computes the update: no copy on GPU and TPU, where a branch
+    costs a second and a third state (XLA copies what goes into a conditional and what comes out).
+    XLA:CPU has no fusions of several results: there it is the select that copies.
+    """
+    if platform() == "cpu":
+        return jax.lax.cond(finite, update, lambda *unchanged: unchanged, *state)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(*state), state)
 
 
 def state_specs(
