@@ -16,7 +16,7 @@ has one factor a term and platform, `memory/constants.py`, fitted on compiled pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from memory.constants import CONSTANTS, Constants
@@ -175,6 +175,13 @@ class Terms:
                 parts *= self.job.rules.size(axes)
             total += factor.size // parts
         return total
+
+    @cached_property
+    def offloaded_state(self) -> int:
+        """Bytes of moments that live in the memory of the host: those of the stacked weights."""
+        if not getattr(self.job.optimizer, "offload", False) or self.chip.kind == "cpu":
+            return 0
+        return sum(stacked for stacked, _ in self.moments.values())
 
     @cached_property
     def batch(self) -> int:
@@ -340,20 +347,23 @@ class Terms:
         sums = {name: int(k.packing * sum(parts.values())) for name, parts in phases.items()}
         largest = max(sums, key=lambda name: sums[name])
         components = {"weights (master copy)": self.master}
-        for name, parts in self.moments.items():
-            components[f"optimizer: {name}"] = sum(parts)
+        for name, (stacked, outside) in self.moments.items():
+            on_device = outside if self.offloaded_state else stacked + outside
+            components[f"optimizer: {name}"] = on_device
         components["batch"] = self.batch
         components |= {name: size for name, size in phases[largest].items() if size}
         components["packing"] = sums[largest] - sum(phases[largest].values())
-        arguments = self.master + sum(sum(parts) for parts in self.moments.values()) + self.batch
-        return Prediction(components, sums, arguments, sum(self.offloaded.values()))
+        moments = sum(sum(parts) for parts in self.moments.values()) - self.offloaded_state
+        return Prediction(
+            components,
+            sums,
+            self.master + moments + self.batch,
+            self.offloaded_state + sum(self.offloaded.values()),
+        )
 
 
 def _without(weight: Weight, gone: tuple[int, ...]) -> Weight:
+    """A weight without some of its dims: what a sum over them leaves."""
     names = weight.axes.replace("->", " ").split()
     kept = [i for i in range(len(names)) if i not in gone]
-    return replace_weight(weight, tuple(weight.shape[i] for i in kept), [names[i] for i in kept])
-
-
-def replace_weight(weight: Weight, shape: tuple[int, ...], names: list[str]) -> Weight:
-    return weight._replace(shape=shape, axes=" ".join(names))
+    return Weight(tuple(weight.shape[i] for i in kept), " ".join(names[i] for i in kept))

@@ -21,11 +21,15 @@ def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     is higher for long sequences. Norms, softmax and nonlinearities are left out (below 1% from
     D = 1024 on).
     """
+    return 6 * matrix_parameters(config) + attention_flops_per_token(config, sequence_length)
+
+
+def attention_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
+    """Those of scores and weighted sums alone, in all layers."""
     keys = 0.0
     for layer in range(config.layers):
         local = config.pattern[layer % len(config.pattern)] == "local"
         window = min(config.window, sequence_length) if local else sequence_length
         # The mean over t = 1 ... T of min(t, window), the keys that query t sees.
         keys += window - window * (window - 1) / (2 * sequence_length)
-    attention = 12 * config.heads * config.head_dim * keys
-    return 6 * matrix_parameters(config) + attention
+    return 12 * config.heads * config.head_dim * keys

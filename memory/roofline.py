@@ -1,0 +1,186 @@
+"""How long a step takes at best: arithmetic, memory traffic and links, in closed form.
+
+A roofline (Williams et al. 2009, https://doi.org/10.1145/1498765.1498785) for each kind of work.
+Matrix products run at a share of the chip's peak; what is no product streams through memory, one
+after the other; collectives over `tensor` stand between two products and are waited for; those
+that bring weights or take gradients away run beside the products, where the platform does so.
+Volumes of collectives: Megatron (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198,
+section 4.2), ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, section 7); a ring
+of n moves (n - 1) / n of the whole for a gather or a scatter, twice that for both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memory.constants import CONSTANTS
+from memory.job import Job
+from memory.predict import Terms
+from models.block import block_residuals
+from models.flops import attention_flops_per_token, flops_per_token, matrix_parameters
+from parallel.remat import PRESETS
+from parallel.targets import Target
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Shares of a chip's figures that good programs reach; the same for every layout.
+
+    Attributes:
+      matrix: of the peak, by large matrix products.
+      stream: of the memory's bandwidth.
+      link: of the links' bandwidth.
+      overlap: whether gathers of weights and reductions of gradients run beside products.
+    """
+
+    matrix: float
+    stream: float
+    link: float
+    overlap: bool
+
+
+CEILINGS = {
+    "gpu": Ceilings(matrix=0.70, stream=0.85, link=0.80, overlap=True),
+    "tpu": Ceilings(matrix=0.80, stream=0.85, link=0.85, overlap=True),
+    "cpu": Ceilings(matrix=1.0, stream=1.0, link=1.0, overlap=False),
+}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step.
+
+    Attributes:
+      compute_seconds: matrix products, recomputed ones too.
+      memory_seconds: norms, nonlinearities, softmax, loss and update.
+      communication_seconds: mesh axis -> all its collectives.
+      exposed_seconds: mesh axis -> what of it is waited for.
+      host_seconds: what is moved to the host's memory and back, and waited for.
+      bubble_seconds: pipeline stages that wait.
+      mfu: the model's FLOPs (no recomputation) over the peak's in this time.
+    """
+
+    compute_seconds: float
+    memory_seconds: float
+    communication_seconds: dict[str, float]
+    exposed_seconds: dict[str, float]
+    host_seconds: float
+    bubble_seconds: float
+    mfu: float
+
+    @property
+    def seconds(self) -> float:
+        return (
+            self.compute_seconds
+            + self.memory_seconds
+            + sum(self.exposed_seconds.values())
+            + self.host_seconds
+            + self.bubble_seconds
+        )
+
+
+def step_time(job: Job, target: Target) -> StepTime:
+    """The roofline of one step of `job` on `target`."""
+    ceilings, chip = CEILINGS[target.chip.kind], target.chip
+    terms = Terms(job, chip, CONSTANTS[chip.kind])
+    model_flops = flops_per_token(job.model, job.sequence_length) * job.tokens * job.micro_steps
+    model_flops /= job.rules.parts("act_mlp")
+    peak = chip.flops(job.precision.compute)
+    compute = model_flops * (1 + recomputed(job)) / (peak * ceilings.matrix)
+    memory = streamed_bytes(job, terms) / (chip.memory_bandwidth * ceilings.stream)
+    communication = {
+        axis: seconds / ceilings.link
+        for axis, seconds in communication_seconds(job, terms, target).items()
+        if seconds
+    }
+    hidden = compute + memory if ceilings.overlap else 0.0
+    exposed = {}
+    for axis, seconds in communication.items():
+        if axis == "tensor":
+            exposed[axis] = seconds
+        else:
+            exposed[axis] = max(0.0, seconds - hidden)
+            hidden = max(0.0, hidden - seconds)
+    host = _host_seconds(job, terms, target)
+    time = StepTime(compute, memory, communication, exposed, host, 0.0, 0.0)
+    return StepTime(
+        compute, memory, communication, exposed, host, 0.0, model_flops / (peak * time.seconds)
+    )
+
+
+def recomputed(job: Job) -> float:
+    """FLOPs that the backward pass computes again, as a share of forward and backward."""
+    remat = job.remat
+    if remat.policy == "none":
+        return 0.0
+    names = (*remat.save, *remat.offload) if remat.policy == "custom" else PRESETS[remat.policy]
+    saved = set(names or ())
+    model = job.model
+    D, F, H = model.embed_dim, model.mlp_dim, model.head_dim
+    products = {  # output's name -> weights of the product that makes it
+        "query": D * model.heads * H,
+        "key": D * model.kv_heads * H,
+        "value": D * model.kv_heads * H,
+        "attention_projection": D * model.heads * H,
+        "mlp_up": D * F,
+    } | ({"mlp_gate": D * F} if model.gated else {})
+    again = sum(size for name, size in products.items() if name not in saved) * model.layers
+    core = attention_flops_per_token(model, job.sequence_length) / 3
+    if {"attention_out", "attention_lse"} <= saved:
+        core = 0.0
+    whole = 6 * matrix_parameters(model) + attention_flops_per_token(model, job.sequence_length)
+    return (2 * again + core) / whole
+
+
+def streamed_bytes(job: Job, terms: Terms) -> float:
+    """Bytes that what is no matrix product reads and writes on one device in a step."""
+    layer = terms.bytes_of(block_residuals(job.model, terms.form))
+    # Every tensor of a layer is written and read in the forward pass, twice as much in backward,
+    # and once more each where the forward pass is repeated.
+    passes = 6 if job.remat.policy == "none" else 8
+    layers = passes / 2 * layer * job.model.layers
+    columns = job.model.padded_vocab // job.rules.parts("act_vocab")
+    logits = 6 * 4 * job.tokens * columns
+    moments = sum(sum(parts) for parts in terms.moments.values())
+    update = 2 * (terms.master + moments) + 2 * (terms.layer_gradients + terms.outer_gradients)
+    return job.micro_steps * (layers + logits) + update
+
+
+def communication_seconds(job: Job, terms: Terms, target: Target) -> dict[str, float]:
+    """Mesh axis -> seconds of its collectives at the links' full rate."""
+    sizes, micro = job.sizes, job.micro_steps
+    seconds: dict[str, float] = {}
+
+    def add(axis: str, whole: float, rounds: float) -> None:
+        n = sizes[axis]
+        if n > 1:
+            moved = whole * (n - 1) / n * rounds
+            seconds[axis] = seconds.get(axis, 0.0) + moved / target.bandwidth(sizes, (axis,))
+
+    # Two all-reduces a layer each way (or a gather and a scatter in place of each), and those of
+    # the forward pass again where it is repeated as far as the first product.
+    passes = 8 if job.remat.policy in ("none", "dots", "attention") else 10
+    add("tensor", terms.narrow * job.model.layers, passes * micro)
+    add("tensor", terms.narrow, 4 * micro)  # embedding and loss head
+
+    stacked, outside = terms.weights
+    whole = (terms.laid_out(stacked + outside, "gathered")) * terms.item
+    parted = terms.layer_gradients + terms.outer_gradients
+    if job.parallel.zero == 3:
+        add("fsdp", whole, 3 * micro)  # gathered forward and backward, gradients scattered
+        add("data", parted, 2 * micro)
+    elif job.parallel.zero == 0:
+        add("fsdp", whole, 2 * micro)
+        add("data", whole, 2 * micro)
+    else:
+        # One gather of the weights a step; gradients scattered, or at level 1 reduced whole.
+        add("fsdp", whole, 1 + (1 if job.parallel.zero == 2 else 2) * micro)
+        add("data", parted, 2 * micro)
+    return seconds
+
+
+def _host_seconds(job: Job, terms: Terms, target: Target) -> float:
+    """Offloaded state is read and written once a step, activations once each: two ways at once."""
+    moved = sum(terms.offloaded.values()) * job.micro_steps + terms.offloaded_state
+    return moved / target.chip.host_link
+
