@@ -1,0 +1,168 @@
+"""One config on one target: the grades of truth side by side, whether it fits, and what would help.
+
+A row is plain data, as `sweep.jsonl` and `plan.py --json` hold it:
+
+    name, overrides, target, limit_bytes, fits, status, error
+    predicted   total_bytes, host_bytes, components, seconds, mfu, ..._seconds
+    compiled    the same counted from the compiled program, or None
+    measured    total_bytes, seconds, tokens_per_second of a run, or None
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from memory.job import Job
+from memory.predict import Prediction, predict
+from memory.roofline import StepTime, step_time
+from parallel.targets import Target
+
+Row = dict[str, Any]
+GIB = 2**30
+
+
+def predicted(prediction: Prediction, time: StepTime) -> dict[str, Any]:
+    """A prediction as plain data."""
+    return {
+        "total_bytes": prediction.total_bytes,
+        "host_bytes": prediction.host_bytes,
+        "components": prediction.components,
+        "phases": prediction.phases,
+        "seconds": time.seconds,
+        "mfu": time.mfu,
+        "compute_seconds": time.compute_seconds,
+        "memory_seconds": time.memory_seconds,
+        "communication_seconds": time.communication_seconds,
+        "exposed_seconds": time.exposed_seconds,
+        "host_seconds": time.host_seconds,
+        "bubble_seconds": time.bubble_seconds,
+    }
+
+
+def plan(
+    job: Job, target: Target, *, name: str, overrides: dict[str, Any], limit_bytes: int
+) -> Row:
+    """The row of one layout, predicted."""
+    grade = predicted(predict(job, target.chip), step_time(job, target))
+    return {
+        "name": name,
+        "overrides": overrides,
+        "target": target.name,
+        "limit_bytes": limit_bytes,
+        "fits": grade["total_bytes"] <= limit_bytes,
+        "predicted": grade,
+        "compiled": None,
+        "measured": None,
+        "status": "ok" if grade["total_bytes"] <= limit_bytes else "does not fit",
+        "error": None,
+    }
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that saves memory.
+
+    Attributes:
+      overrides: config key -> value.
+      saves: bytes per device, predicted.
+      time: step time over what it was.
+      fits: whether it is enough by itself.
+    """
+
+    overrides: dict[str, Any]
+    saves: int
+    time: float
+    fits: bool
+
+    def __str__(self) -> str:
+        change = " ".join(f"--{key}={_shown(value)}" for key, value in self.overrides.items())
+        end = "fits" if self.fits else "not enough alone"
+        return f"{change}: saves {self.saves / GIB:.2f} GiB, step time x {self.time:.2f}, {end}"
+
+
+def candidates(job: Job, platform: str) -> Iterable[dict[str, Any]]:
+    """Changes of one idea each that could make `job` smaller."""
+    fsdp, data, tensor = (job.sizes[axis] for axis in ("fsdp", "data", "tensor"))
+    for policy in ("attention", "dots", "full"):
+        if job.remat.policy != policy:
+            yield {"config.remat.policy": policy}
+    if job.parallel.zero < 3 and fsdp > 1:
+        yield {"config.parallel.zero": 3}
+    if data > 1:
+        yield {
+            "config.mesh.data": 1,
+            "config.mesh.fsdp": fsdp * data,
+            "config.parallel.zero": 3,
+        }
+    if tensor > 1 and not job.parallel.sequence:
+        yield {"config.parallel.sequence": True}
+    if fsdp > 1:
+        yield {
+            "config.mesh.tensor": tensor * 2,
+            "config.mesh.fsdp": fsdp // 2,
+            "config.parallel.sequence": True,
+        }
+    micro = job.micro_steps
+    while job.rows * job.micro_steps > micro:
+        micro *= 2
+        yield {"config.train.grad_accumulation": micro}
+    if job.precision.compute == "float32":
+        yield {"config.precision.compute": "bfloat16"}
+    if platform != "cpu" and not job.optimizer.offload:
+        yield {"config.optimizer.offload": True}
+    if job.model.attention == "xla":
+        yield {"config.model.attention": "blocked"}
+    if job.loss.chunk > 256:
+        yield {"config.loss.chunk": 256}
+
+
+def remedies(
+    job: Job,
+    target: Target,
+    limit_bytes: int,
+    change: Callable[[dict[str, Any]], Job],
+) -> list[Remedy]:
+    """What to change, cheapest in time first among what fits, then by bytes saved.
+
+    Args:
+      change: overrides -> the job with them; raises ValueError for what does not exist.
+    """
+    before, seconds = predict(job, target.chip).total_bytes, step_time(job, target).seconds
+    found = []
+    for overrides in candidates(job, target.chip.kind):
+        try:
+            other = change(overrides)
+        except ValueError:
+            continue
+        after = predict(other, target.chip).total_bytes
+        if after < before:
+            time = step_time(other, target).seconds / seconds
+            found.append(Remedy(overrides, before - after, time, after <= limit_bytes))
+    return sorted(found, key=lambda r: (not r.fits, r.time if r.fits else -r.saves))
+
+
+def together(
+    job: Job,
+    target: Target,
+    limit_bytes: int,
+    change: Callable[[dict[str, Any]], Job],
+) -> Remedy | None:
+    """Remedies added one by one, each time the one that saves most for its time, until it fits."""
+    before, seconds = predict(job, target.chip).total_bytes, step_time(job, target).seconds
+    overrides: dict[str, Any] = {}
+    now = job
+    while predict(now, target.chip).total_bytes > limit_bytes:
+        steps = remedies(now, target, limit_bytes, lambda more: change(overrides | more))
+        if not steps:
+            return None
+        best = min(steps, key=lambda r: (not r.fits, r.time if r.fits else -r.saves))
+        overrides = overrides | best.overrides
+        now = change(overrides)
+    after = predict(now, target.chip).total_bytes
+    return Remedy(overrides, before - after, step_time(now, target).seconds / seconds, True)
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
