@@ -115,6 +115,7 @@ def get_config() -> ConfigDict:
     optimizer.b2 = 0.95
     optimizer.eps = 1e-8
     optimizer.momentum = 0.9  # sgd and muon
+    optimizer.offload = False  # optimizer state in host memory, streamed layer by layer
     optimizer.clip_norm = 1.0  # gradients with a larger global norm are scaled down to it; 0: off
 
     config.loss = loss = ConfigDict()  # training/losses.py

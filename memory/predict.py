@@ -179,7 +179,7 @@ class Terms:
     @cached_property
     def offloaded_state(self) -> int:
         """Bytes of moments that live in the memory of the host: those of the stacked weights."""
-        if not getattr(self.job.optimizer, "offload", False) or self.chip.kind == "cpu":
+        if not self.job.optimizer.offload or self.chip.kind == "cpu":
             return 0
         return sum(stacked for stacked, _ in self.moments.values())
 

@@ -41,6 +41,7 @@ class OptimizerConfig:
       b1, b2: decay of first and second moments (adamw, lion, and muon's tables and vectors).
       eps: added to the denominator.
       momentum: of sgd and muon; 0 gives sgd without state.
+      offload: moments of the stacked layers live in host memory (training/offload.py).
     """
 
     name: str = "adamw"
@@ -55,6 +56,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     momentum: float = 0.9
+    offload: bool = False
 
     def __post_init__(self) -> None:
         def check(key: str, right: bool, hint: str) -> None:
