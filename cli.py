@@ -36,6 +36,8 @@ class Flag:
     default: Any
     help: str
     choices: Sequence[Any] | None = None
+    several: bool = False  # may be given more than once, and makes a list
+    required: bool = False
 
 
 def run(
@@ -46,6 +48,7 @@ def run(
     config_from: Literal["file", "workdir"],
     flags: Sequence[Flag] = (),
     argv: Sequence[str] | None = None,
+    needs_workdir: bool = True,
 ) -> NoReturn:
     """Reads the command line, starts the processes, calls `main(config, workdir, **flags)`, exits.
 
@@ -62,16 +65,21 @@ def run(
         overrides either.
       flags: more flags.
       argv: the arguments, if not those of the process.
+      needs_workdir: False for a program that is no run: it takes no `--workdir`, joins no other
+        processes, uses no devices, and is called as `main(config, **flags)`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
         _silence(debug)
-        options, config = parse(name, about, config_from, flags, arguments)
-        from parallel.distributed import start  # imports jax: only after all flags were checked
+        options, config = parse(name, about, config_from, flags, arguments, needs_workdir)
+        given = {flag.name: getattr(options, flag.name) for flag in flags}
+        if needs_workdir:
+            from parallel.distributed import start  # imports jax: only after all flags were checked
 
-        start(options.coordinator, options.num_processes, options.process_id)
-        main(config, options.workdir, **{flag.name: getattr(options, flag.name) for flag in flags})
+            start(options.coordinator, options.num_processes, options.process_id)
+            given["workdir"] = options.workdir
+        main(config, **given)
         code = 0
     except KeyboardInterrupt:
         code = _report(
@@ -92,6 +100,7 @@ def parse(
     config_from: Literal["file", "workdir"],
     flags: Sequence[Flag],
     arguments: Sequence[str],
+    needs_workdir: bool = True,
 ) -> tuple[argparse.Namespace, ConfigDict]:
     """The plain flags and the config with its overrides.
 
@@ -110,30 +119,38 @@ def parse(
         parser.add_argument(
             "--config", metavar="FILE[:ARG]", help="experiment, such as configs/tiny.py"
         )
-    parser.add_argument(
-        "--workdir", type=Path, required=True, metavar="DIR", help="the run's folder"
-    )
+    if needs_workdir:
+        parser.add_argument(
+            "--workdir", type=Path, required=True, metavar="DIR", help="the run's folder"
+        )
     for flag in flags:
         parser.add_argument(
             f"--{flag.name}",
+            action="append" if flag.several else "store",
             type=flag.type,
             default=flag.default,
             help=flag.help,
             choices=flag.choices,
+            required=flag.required,
         )
     parser.add_argument(
         "--debug", action="store_true", help="show stack traces and libraries' messages"
     )
-    several = parser.add_argument_group(
-        "several processes by hand (found under SLURM, Kubernetes, TPU)"
-    )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--num_processes", type=int, metavar="N", help="processes in all")
-    several.add_argument("--process_id", type=int, metavar="I", help="this process, from 0")
+    if needs_workdir:
+        several = parser.add_argument_group(
+            "several processes by hand (found under SLURM, Kubernetes, TPU)"
+        )
+        several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+        several.add_argument("--num_processes", type=int, metavar="N", help="processes in all")
+        several.add_argument("--process_id", type=int, metavar="I", help="this process, from 0")
     options, unknown = parser.parse_known_args(others)
     if unknown:
         raise ValueError(_unknown_flag(unknown[0], parser, name))
 
+    if not needs_workdir:
+        if options.config is None:
+            raise ValueError("--config: missing; give --config=configs/tiny.py")
+        return options, override(load_config(options.config), overrides)
     if options.workdir == Path():
         raise ValueError(f"--workdir={options.workdir}: give the run's folder, such as runs/tiny")
     if options.workdir.exists() and not options.workdir.is_dir():

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,19 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
             raise ValueError(f"{key} = {text!r}: should be {wanted(kind)}") from error
         config = values.config
     return complete(plain(config))
+
+
+def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """The config with `{"config.section.key": value}` put in.
+
+    Raises:
+      ValueError: an unknown key, or a value of another type.
+    """
+    changed = config.copy_and_resolve_references()
+    for key, value in values.items():
+        _check_key(changed, key)
+        _set(changed, key, value)
+    return changed
 
 
 def write_config(workdir: str | os.PathLike[str], config: ConfigDict) -> None:

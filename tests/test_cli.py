@@ -260,6 +260,40 @@ def test_errors_of_main_are_one_line(command, error, code, line):
     assert command(f"--config={TINY}", "--workdir=w", main=main)[:2] == (code, line)
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ([f"--config={TINY}", "--goal=a", "--goal=b", "--config.seed=3"], "3 ['a', 'b']"),
+        (["--goal=a"], "error: --config: missing; give --config=configs/tiny.py"),
+        ([f"--config={TINY}"], "error: the following arguments are required: --goal"),
+        ([f"--config={TINY}", "--goal=a", "--workdir=w"], "error: --workdir: no such flag"),
+    ],
+)
+def test_a_program_that_is_no_run_takes_no_workdir(monkeypatch, capsys, argv, line):
+    def main(config, goal):
+        print(config.seed, goal)
+
+    def start(*_):
+        raise AssertionError("it joins no other processes")
+
+    monkeypatch.setattr(parallel.distributed, "start", start)
+    goal = cli.Flag("goal", str, None, "one of several", several=True, required=True)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(
+            main,
+            name="sweep.py",
+            about="",
+            config_from="file",
+            flags=[goal],
+            argv=argv,
+            needs_workdir=False,
+        )
+    out, err = capsys.readouterr()
+    assert (out + err).startswith(line)
+    assert len((out + err).splitlines()) == 1
+    assert stop.value.code == (2 if err else 0)
+
+
 def test_debug_shows_the_stack(command):
     def main(config, workdir):
         raise KeyError("k")
