@@ -22,6 +22,9 @@ class Constants:
       scores: quadratic tensors of attention.
       lookup: whole gradients of the embedding table.
       lookup_narrow: tensors [tokens, D] beside them.
+      period: share of the other layers of a pattern's period that live beside one.
+      regathered: weights gathered whole that live twice.
+      accumulated: buffers that sum gradients over micro-steps.
       update: temporaries of the optimizer, in master copies.
       packing: allocated over live.
     """
@@ -36,7 +39,10 @@ class Constants:
     scores: float = 1.0
     lookup: float = 2.0
     lookup_narrow: float = 2.0
-    update: float = 1.0
+    period: float = 0.5
+    regathered: float = 1.0
+    accumulated: float = 1.0
+    update: float = 0.1
     packing: float = 1.02
 
 

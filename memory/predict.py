@@ -4,6 +4,7 @@ A step passes through phases; each holds the state, the saved activations and it
 the largest phase decides (docs/memory.md derives the terms):
 
     loss        the head's table, its gradient, the logits of a chunk
+    gather      ZeRO 1 and 2: weights as they arrive and as they are used
     backward    gradients of the layers as they fill, and one layer's own tensors and weights
     embedding   the gradient of the lookup, whole before it is divided
     update      gradients and what the optimizer makes of them
@@ -129,7 +130,11 @@ class Terms:
             "of_gradient": rules.of_gradient,
             "gathered": rules.gathered,
         }[where]
-        return sum(elements(weight, spec(weight.axes, weight.shape), rules) for weight in weights)
+        tiled = self.chip.kind == "tpu"
+        return sum(
+            elements(weight, spec(weight.axes, weight.shape), rules, tiled=tiled)
+            for weight in weights
+        )
 
     # --- the state ------------------------------------------------------------------------------
 
@@ -199,6 +204,13 @@ class Terms:
             return 0
         stacked, outside = self.weights
         return self.laid_out(stacked + outside, "in_model") * self.item
+
+    @cached_property
+    def copied_whole(self) -> int:
+        """The weights of the layers that are gathered all at once, at ZeRO level 1 and 2."""
+        if self.job.parallel.zero not in (1, 2) or self.job.sizes["fsdp"] == 1:
+            return 0
+        return self.laid_out(self.weights[0], "in_model") * self.item
 
     @cached_property
     def layer_gradients(self) -> int:
@@ -313,10 +325,18 @@ class Terms:
         stored = dict(self.saved)
         activations = sum(stored.values())
         gathered = self.layer_weights if fsdp and job.parallel.zero == 3 else 0
-        always = {"weights in compute dtype": self.copy, "summed gradients": self.accumulated}
+        always = {
+            "weights in compute dtype": self.copy,
+            "summed gradients": int(k.accumulated * self.accumulated),
+        }
         kept = always | {f"saved: {name}": size for name, size in stored.items()}
         head_gathered = self.table * self.item if fsdp and job.parallel.zero == 3 else 0
+        # Layers of one period of a pattern are one iteration of the loop: what one of them computes
+        # again may live beside what the others do.
+        together = 1 + k.period * (len(job.model.pattern) - 1)
         phases: dict[str, dict[str, int]] = {
+            "gather": kept
+            | {"weights before they are transposed": int(k.regathered * self.copied_whole)},
             "loss": kept
             | {
                 "loss head: table": head_gathered,
@@ -327,11 +347,13 @@ class Terms:
             "backward": kept
             | {
                 "gradients": self.layer_gradients + self.outer_gradients,
-                "gathered weights": int(k.gathered * gathered),
-                "gradients of one layer": int(k.layer_gradient * self.layer_weights),
-                "one layer: feed-forward": int(k.wide * self.wide),
-                "one layer: residual stream": int(k.narrow * self.narrow),
-                "one layer: attention": int(k.heads * self.heads + k.scores * self.scores),
+                "gathered weights": int(k.gathered * together * gathered),
+                "gradients of one layer": int(k.layer_gradient * together * self.layer_weights),
+                "one layer: feed-forward": int(k.wide * together * self.wide),
+                "one layer: residual stream": int(k.narrow * together * self.narrow),
+                "one layer: attention": int(
+                    together * k.heads * self.heads + k.scores * self.scores
+                ),
             },
             "embedding": always
             | {

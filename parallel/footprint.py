@@ -7,7 +7,7 @@ layout's rules say how each is divided, as they do for the arrays themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
@@ -46,13 +46,35 @@ class Activation(NamedTuple):
     dtype: str = "compute"
 
 
-def elements(weight: Weight, spec: PartitionSpec, rules: Rules) -> int:
-    """Elements of a weight on one device under a partition of `rules`."""
-    parts = 1
-    for entry in spec:
+def elements(weight: Weight, spec: PartitionSpec, rules: Rules, *, tiled: bool = False) -> int:
+    """Elements of a weight on one device under a partition of `rules`.
+
+    Args:
+      tiled: count what a TPU stores: see `tiled_size`.
+    """
+    shape = list(weight.shape)
+    for dim, entry in enumerate(spec):
         axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        parts *= rules.size(axes)
-    return weight.size // parts
+        shape[dim] //= rules.size(axes)
+    stacked = 1 if weight.axes.startswith("layers ") else 0
+    return tiled_size(shape, stacked) if tiled else math.prod(shape)
+
+
+def tiled_size(shape: Sequence[int], stacked: int = 0) -> int:
+    """Elements that an array takes in a TPU's memory: two of its dims are padded to (8, 128).
+
+    XLA lays out the two dims that waste least (https://openxla.org/xla/tiled_layout); the leading
+    `stacked` dims are not among them. Arrays of less than two dims are not padded to speak of.
+    """
+    size = math.prod(shape)
+    inner = range(stacked, len(shape))
+    padded = [
+        size // (shape[i] * shape[j]) * (-(-shape[i] // 8) * 8) * (-(-shape[j] // 128) * 128)
+        for i in inner
+        for j in inner
+        if i != j
+    ]
+    return min(padded, default=size)
 
 
 def activation_bytes(

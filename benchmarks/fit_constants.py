@@ -1,0 +1,99 @@
+"""Fits memory/constants.py on compiled cells that are in no published table.
+
+    python benchmarks/fit_constants.py --platform=gpu
+
+Reads benchmarks/results/memory_calibration.jsonl (cells of seeds 1 and 3), minimises the squared
+relative error of the total and of the temporaries, with a pull towards the constants as they are,
+and prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import differential_evolution
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from memory_accuracy import make_job, read_cells  # noqa: E402
+
+from memory.constants import CONSTANTS, Constants  # noqa: E402
+from memory.predict import Terms  # noqa: E402
+from parallel.targets import parse_target  # noqa: E402
+
+CELLS = ROOT / "benchmarks" / "results" / "memory_calibration.jsonl"
+BOUNDS = {
+    "logits": (0, 6),
+    "loss_narrow": (0, 12),
+    "gathered": (0, 4),
+    "layer_gradient": (0, 4),
+    "wide": (0, 12),
+    "narrow": (0, 20),
+    "heads": (0, 20),
+    "scores": (0, 6),
+    "lookup": (0, 6),
+    "lookup_narrow": (0, 8),
+    "period": (0, 1),
+    "regathered": (0, 2),
+    "accumulated": (1, 2.5),
+    "update": (0, 3),
+    "packing": (1, 1.1),
+}
+
+
+def main() -> None:
+    """Prints the fitted constants and the error before and after."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--platform", choices=("gpu", "tpu"), required=True)
+    parser.add_argument("--cells", type=Path, default=CELLS)
+    options = parser.parse_args()
+    cells = [row for row in read_cells(options.cells) if row["target"].startswith(options.platform)]
+    bases = []
+    for row in cells:
+        job = make_job(row["shape"], row["target"], row["overrides"])
+        bases.append(Terms(job, parse_target(row["target"]).chip, CONSTANTS[options.platform]))
+    truth = [row["compiled"] for row in cells]
+    start = np.array([getattr(CONSTANTS[options.platform], name) for name in BOUNDS])
+    width = np.array([high - low for low, high in BOUNDS.values()])
+
+    def errors(values: Any) -> tuple[np.ndarray, np.ndarray]:
+        constants = Constants(**dict(zip(BOUNDS, map(float, values), strict=True)))
+        total, temporaries = [], []
+        for base, compiled in zip(bases, truth, strict=True):
+            base.__dict__["constants"] = constants  # keeps what is cached and does not depend on it
+            prediction = base.prediction()
+            total.append(prediction.total_bytes / compiled["total_bytes"] - 1)
+            temporaries.append(prediction.temporaries / compiled["temporaries"] - 1)
+        return np.array(total), np.array(temporaries)
+
+    def loss(values: Any) -> float:
+        total, temporaries = errors(values)
+        pull = np.mean(((values - start) / width) ** 2)
+        # Beyond a tenth an error counts as its size, so that one odd cell does not rule.
+        robust = lambda e: np.mean(np.where(abs(e) < 0.1, e**2, 0.2 * abs(e) - 0.01))
+        return float(robust(total) + 0.2 * robust(temporaries) + 1e-3 * pull)
+
+    fitted = differential_evolution(
+        loss, list(BOUNDS.values()), seed=0, maxiter=150, popsize=8, x0=start, polish=False
+    )
+    for name, values in (("before", start), ("after", fitted.x)):
+        total, temporaries = (np.abs(e) * 100 for e in errors(values))
+        print(
+            f"{name}: {len(cells)} cells, total median {np.median(total):.1f}% 95th percentile "
+            f"{np.quantile(total, 0.95):.1f}%, temporaries median {np.median(temporaries):.1f}%"
+        )
+    constants = Constants(
+        **{name: round(float(v), 2) for name, v in zip(BOUNDS, fitted.x, strict=True)}
+    )
+    print(dataclasses.asdict(constants))
+
+
+if __name__ == "__main__":
+    main()
