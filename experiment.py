@@ -124,6 +124,10 @@ class Experiment:
             notes.append(
                 "config.remat.offload has no effect: XLA:CPU keeps everything in host memory"
             )
+        if self.optimizer.offload and backend == "cpu":
+            notes.append(
+                "config.optimizer.offload has no effect: XLA:CPU keeps everything in host memory"
+            )
         if self.precision.accumulate != "float32" and self.train.grad_accumulation == 1:
             notes.append(
                 "config.precision.accumulate has no effect: config.train.grad_accumulation is 1"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,13 @@ from jax.sharding import NamedSharding
 from parallel.mesh import platform
 from parallel.rules import Rules
 from training.matrices import decays, scale_by_factored_rms, scale_by_muon
+from training.offload import Offloaded, offloaded
 from training.schedules import make_schedule
 
 NAMES = ("adamw", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("cosine", "wsd", "constant")
+
+Optimizer: TypeAlias = optax.GradientTransformation | Offloaded
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,7 @@ class OptimizerConfig:
         check("eps", self.eps > 0, "above 0")
 
 
-def make_optimizer(
-    config: OptimizerConfig, total_steps: int, axes: Any
-) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any) -> Optimizer:
     """Clipping, the optimizer's direction, weight decay and learning rate, in this order.
 
     Args:
@@ -89,11 +91,19 @@ def make_optimizer(
 
     Returns:
       A transformation with state {"clip", "direction", "decay", "rate"}. Its update takes
-      `grad_norm` where the caller knows it, which saves computing it again.
+      `grad_norm` where the caller knows it, which saves computing it again. With
+      `config.offload` the same, with the moments of the layers in host memory.
 
     Sources: Loshchilov and Hutter 2019 (AdamW), https://arxiv.org/abs/1711.05101; Chen et al. 2023
     (Lion), https://arxiv.org/abs/2302.06675; Adafactor and Muon in `training/matrices.py`.
     """
+    make = partial(_chain, config, total_steps)
+    return offloaded(make, axes) if config.offload else make(axes)
+
+
+def _chain(
+    config: OptimizerConfig, total_steps: int, axes: Any
+) -> optax.GradientTransformationExtraArgs:
     direction = {
         "adamw": lambda: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         "adafactor": lambda: scale_by_factored_rms(axes),
@@ -133,7 +143,7 @@ def global_norm(tree: Any) -> Array:
 
 
 def apply_update(
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     grads: Any,
     opt_state: Any,
     params: Any,
@@ -158,15 +168,23 @@ def apply_update(
     norm = global_norm(grads) / scale
     finite = jnp.isfinite(norm)
 
-    def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
-        like_param = lambda g, p: (g.astype(jnp.float32) / scale).astype(p.dtype)
-        updates, new_state = optax.with_extra_args_support(optimizer).update(
-            jax.tree.map(like_param, grads, params), opt_state, params, grad_norm=norm
-        )
-        return optax.apply_updates(params, updates), new_state
+    def update(
+        optimizer: optax.GradientTransformation, grads: Any, params: Any, opt_state: Any
+    ) -> tuple[Any, Any]:
+        def new(params: Any, opt_state: Any) -> tuple[Any, Any]:
+            like_param = lambda g, p: (g.astype(jnp.float32) / scale).astype(p.dtype)
+            updates, opt_state = optax.with_extra_args_support(optimizer).update(
+                jax.tree.map(like_param, grads, params), opt_state, params, grad_norm=norm
+            )
+            return optax.apply_updates(params, updates), opt_state
+
+        return _update_if(finite, new, params, opt_state)
 
     with jax.numpy_dtype_promotion("standard"):  # optax raises decay rates to integer powers
-        params, opt_state = _update_if(finite, update, params, opt_state)
+        if isinstance(optimizer, Offloaded):
+            params, opt_state = optimizer.update(update, grads, params, opt_state)
+        else:
+            params, opt_state = update(optimizer, grads, params, opt_state)
     return params, opt_state, norm, finite
 
 
@@ -182,9 +200,7 @@ def _update_if(finite: Array, update: Callable[..., Any], *state: Any) -> Any:
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(*state), state)
 
 
-def state_specs(
-    optimizer: optax.GradientTransformation, axes: Any, abstract_params: Any, rules: Rules
-) -> Any:
+def state_specs(optimizer: Optimizer, axes: Any, abstract_params: Any, rules: Rules) -> Any:
     """The PartitionSpec of every array of `optimizer.init(params)`; call it under the mesh.
 
     Args:

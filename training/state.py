@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from parallel.compilation import quick_compilation
 from parallel.precision import LossScale, PrecisionConfig
 from parallel.rules import Rules
-from training.optim import state_specs
+from training.offload import Offloaded
+from training.optim import Optimizer, state_specs
 
 Tree = Any
 
@@ -63,9 +63,7 @@ def _cast(params: Tree, precision: PrecisionConfig) -> Tree:
     return jax.tree.map(lambda p: p.astype(precision.params), params)
 
 
-def state_partition(
-    model: Model, optimizer: optax.GradientTransformation, precision: PrecisionConfig
-) -> TrainState:
+def state_partition(model: Model, optimizer: Optimizer, precision: PrecisionConfig) -> TrainState:
     """The PartitionSpec of every array of the state."""
     params = abstract_params(model, precision)
     specs = jax.tree.map(lambda p, names: model.rules.at_rest(names, p.shape), params, model.axes)
@@ -79,9 +77,20 @@ def state_partition(
     )
 
 
+def state_shardings(
+    model: Model, optimizer: Optimizer, precision: PrecisionConfig, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """The NamedSharding of every array of the state, which says in what memory it is."""
+    shardings = shardings_of(state_partition(model, optimizer, precision), mesh)
+    if not isinstance(optimizer, Offloaded):
+        return shardings
+    params = abstract_params(model, precision)
+    return shardings._replace(opt_state=optimizer.placed(shardings.opt_state, params))
+
+
 def create_state(
     model: Model,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     precision: PrecisionConfig,
     seed: int,
     mesh: jax.sharding.Mesh,
@@ -91,7 +100,7 @@ def create_state(
     The same seed gives the same parameters on every mesh: threefry is partitionable, and keys go by
     the parameter's place in the model.
     """
-    shardings = shardings_of(state_partition(model, optimizer, precision), mesh)
+    shardings = state_shardings(model, optimizer, precision, mesh)
 
     def init_params() -> Tree:
         return _cast(model.init(jax.random.key(seed)), precision)
@@ -107,7 +116,7 @@ def create_state(
 
 def abstract_state(
     model: Model,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     precision: PrecisionConfig,
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
@@ -122,7 +131,7 @@ def abstract_state(
         ),
         skipped=jax.ShapeDtypeStruct((), jnp.int32),
     )
-    shardings = shardings_of(state_partition(model, optimizer, precision), mesh)
+    shardings = state_shardings(model, optimizer, precision, mesh)
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,

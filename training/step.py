@@ -11,7 +11,7 @@ import optax
 
 from parallel.precision import PrecisionConfig
 from parallel.zero import for_model, zeros_like_gradients
-from training.optim import apply_update
+from training.optim import Optimizer, apply_update
 from training.state import Model, TrainState
 
 Batch = dict[str, jax.Array]
@@ -80,7 +80,7 @@ def _split(array_BT: jax.Array, micro_steps: int) -> jax.Array:
 
 def make_step(
     model: Model,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     schedule: optax.Schedule,
     precision: PrecisionConfig,
     *,
