@@ -137,9 +137,11 @@ def describe(overrides: Overrides) -> str:
 
 
 def seconds(row: Row) -> float:
-    """A row's step time: compiled where the program was counted, else predicted."""
-    compiled = row["compiled"] or {}
-    return float(compiled.get("seconds") or row["predicted"]["seconds"])
+    """A row's step time: measured, else compiled where the program was counted, else predicted."""
+    for grade in ("measured", "compiled"):
+        if row[grade] and "seconds" in row[grade]:
+            return float(row[grade]["seconds"])
+    return float(row["predicted"]["seconds"])
 
 
 def total_bytes(row: Row) -> int:
@@ -223,10 +225,11 @@ def nothing_fits(rows: Sequence[Row], budget: int) -> ValueError:
         return ValueError(f"no layout could be compiled; the first says: {rows[0]['error']}")
     least = min(sized, key=total_bytes)
     # Rounded up: a budget of what is said here would do.
-    gib = math.ceil(total_bytes(least) / GIB * 100) / 100
+    parts = 100 if total_bytes(least) > GIB else 10_000
+    gib = math.ceil(total_bytes(least) / GIB * parts) / parts
     return ValueError(
-        f"--budget_gib={budget / GIB:.4g}: nothing fits; the least is {gib} GiB "
-        f"with {least['name']}"
+        f"--budget_gib={budget / GIB:.4g}: nothing fits; "
+        f"the least is {gib} GiB with {least['name']}"
     )
 
 

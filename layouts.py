@@ -1,0 +1,132 @@
+"""What a config can become on a target, as predicted rows: every layout there is, or a grid."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from config_border import override, with_values
+from config_types import plain
+from experiment import read_experiment
+from memory.job import Job
+from memory.plan import Row, plan
+from memory.search import describe, layouts, ranked, remat_choices, widest_tensor
+from parallel.targets import Target
+
+Overrides = dict[str, Any]
+
+
+def make_job(config: ConfigDict, target: Target, overrides: Overrides) -> Job:
+    """The training step of a config with overrides.
+
+    Raises:
+      ValueError: a dim that the layout does not divide, or another value that is wrong.
+    """
+    return read_experiment(with_values(config, overrides), target.device_count).job()
+
+
+def all_rows(
+    config: ConfigDict,
+    target: Target,
+    limit_bytes: int,
+    precisions: Sequence[tuple[str, str]] = (),
+) -> list[Row]:
+    """Every layout of the config's step on the target, predicted, the fastest first.
+
+    The config's own mesh, ZeRO level, remat policy, offloading and micro-steps give way.
+
+    Raises:
+      ValueError: there is none; says what is wrong with the first.
+    """
+    host_memory = target.chip.kind != "cpu"
+    space = layouts(
+        target.device_count,
+        config.data.batch_size,
+        widest=widest_tensor(target),
+        remats=remat_choices(plain(config.remat), host_memory),
+        offload=(False, True) if host_memory else (),
+        precisions=precisions,
+    )
+    rows: list[Row] = []
+    error: ValueError | None = None
+    for overrides in space:
+        try:
+            job = make_job(config, target, overrides)
+        except ValueError as wrong:
+            error = error or wrong
+            continue
+        name = describe(overrides)
+        rows.append(plan(job, target, name=name, overrides=overrides, limit_bytes=limit_bytes))
+    if rows:
+        return ranked(rows)
+    raise error or ValueError(
+        f"config.data.batch_size = {config.data.batch_size}: no mesh of {target.device_count} "
+        f"devices divides it; choose a multiple of {target.device_count}"
+    )
+
+
+def grid_rows(
+    config: ConfigDict, target: Target, limit_bytes: int, grid: Sequence[Overrides]
+) -> list[Row]:
+    """A row for each of the overrides, in their order; those that are wrong as failed rows.
+
+    Raises:
+      ValueError: all are; says what is wrong with the first.
+    """
+    rows: list[Row] = []
+    for overrides in grid:
+        name = describe(overrides)
+        try:
+            job = make_job(config, target, overrides)
+        except ValueError as error:
+            rows.append(failed_row(name, overrides, target, limit_bytes, str(error)))
+        else:
+            rows.append(plan(job, target, name=name, overrides=overrides, limit_bytes=limit_bytes))
+    if all(row["status"] == "failed" for row in rows):
+        raise ValueError(rows[0]["error"])
+    return rows
+
+
+def failed_row(
+    name: str, overrides: Overrides, target: Target, limit_bytes: int, error: str
+) -> Row:
+    """The row of a layout that does not exist."""
+    return {
+        "name": name,
+        "overrides": overrides,
+        "target": target.name,
+        "limit_bytes": limit_bytes,
+        "fits": False,
+        "predicted": None,
+        "compiled": None,
+        "measured": None,
+        "status": "failed",
+        "error": error,
+    }
+
+
+def read_grid(config: ConfigDict, lines: Sequence[str]) -> list[Overrides]:
+    """All combinations of `["config.mesh.fsdp=1,2,4", ...]`, the last key changing fastest.
+
+    Raises:
+      ValueError: a line that is not KEY=VALUES, an unknown key, a value of another type.
+    """
+    columns: dict[str, list[Any]] = {}
+    for line in lines:
+        key, equals, values = line.lstrip("-").partition("=")
+        if not equals or not key.startswith("config."):
+            raise ValueError(f"--grid={line}: give --grid=config.SECTION.KEY=VALUE,VALUE,...")
+        if key in columns:
+            raise ValueError(f"--grid={line}: {key} is given twice; put all its values in one")
+        columns[key] = []
+        for value in values.split(","):
+            given = plain(override(config, [f"--{key}={value.strip()}"]))
+            for name in key.split(".")[1:]:
+                given = given[name]
+            columns[key].append(given)
+    return [
+        dict(zip(columns, values, strict=True)) for values in itertools.product(*columns.values())
+    ]

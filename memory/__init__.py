@@ -1,0 +1,1 @@
+"""What a step needs and costs: predicted, compiled, measured."""
