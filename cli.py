@@ -29,7 +29,10 @@ USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 1, 130
 
 @dataclass(frozen=True)
 class Flag:
-    """One more `--name` of a command line; passed to its main under that name."""
+    """One more `--name` of a command line; passed to its main under that name.
+
+    One of type bool takes no value: it is False unless given.
+    """
 
     name: str
     type: Callable[[str], Any]
@@ -124,6 +127,9 @@ def parse(
             "--workdir", type=Path, required=True, metavar="DIR", help="the run's folder"
         )
     for flag in flags:
+        if flag.type is bool:
+            parser.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
+            continue
         parser.add_argument(
             f"--{flag.name}",
             action="append" if flag.several else "store",

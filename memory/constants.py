@@ -46,4 +46,24 @@ class Constants:
     packing: float = 1.02
 
 
-CONSTANTS = {"gpu": Constants(), "tpu": Constants(), "cpu": Constants()}
+CONSTANTS = {
+    "gpu": Constants(
+        logits=1.52,
+        loss_narrow=6.09,
+        gathered=1.76,
+        layer_gradient=3.48,
+        wide=0.52,
+        narrow=5.55,
+        heads=11.75,
+        scores=2.01,
+        lookup=1.78,
+        lookup_narrow=3.62,
+        period=0.99,
+        regathered=1.14,
+        accumulated=1.27,
+        update=0.2,
+        packing=1.0,
+    ),
+    "tpu": Constants(),
+    "cpu": Constants(),
+}

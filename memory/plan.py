@@ -154,7 +154,8 @@ def together(
     overrides: dict[str, Any] = {}
     now = job
     while predict(now, target.chip).total_bytes > limit_bytes:
-        steps = remedies(now, target, limit_bytes, lambda more: change(overrides | more))
+        sofar = dict(overrides)
+        steps = remedies(now, target, limit_bytes, lambda more, sofar=sofar: change(sofar | more))  # type: ignore[misc]
         if not steps:
             return None
         best = min(steps, key=lambda r: (not r.fits, r.time if r.fits else -r.saves))

@@ -323,7 +323,6 @@ class Terms:
         k, job = self.constants, self.job
         fsdp = job.sizes["fsdp"] > 1
         stored = dict(self.saved)
-        activations = sum(stored.values())
         gathered = self.layer_weights if fsdp and job.parallel.zero == 3 else 0
         always = {
             "weights in compute dtype": self.copy,

@@ -23,7 +23,7 @@ class Chip:
       memory: bytes that a program may use.
       matrix: FLOP/s of matrix products by compute dtype.
       memory_bandwidth: bytes/s.
-      link: bytes/s out of one device to others of its host (GPU), or over one link of the torus (TPU).
+      link: bytes/s out of one device to others of its host (GPU), or a link of the torus (TPU).
       network: bytes/s for one device between hosts; on TPU the torus has none within a slice: 0.
       host_link: bytes/s between the device and its host's memory.
       gpu: what XLA's compiler asks of a GPU model, as the text of its target description.
@@ -66,7 +66,8 @@ def _target_config(
     name: str, cores: int, capability: tuple[int, int], memory: int, bandwidth: float, clock: float
 ) -> str:
     """The description of a GPU that XLA compiles for: the figures of NVIDIA's `deviceQuery`, which
-    XLA keeps under xla/backends/gpu/target_config/specs."""
+    XLA keeps under xla/backends/gpu/target_config/specs.
+    """
     major, minor = capability
     shared = {8: 167_936}.get(major, 233_472)
     fields = {

@@ -5,13 +5,14 @@
     tpu:v5e:4x4    a slice of that topology
     gpu:h100:64x8  64 hosts of 8 GPUs each
 
-A program can be compiled for a TPU or a GPU that is not here: libtpu (extra `tpu-target`) and
-the CUDA plug-in (extra `gpu-target`) bring the compilers, and JAX gives devices that hold no memory.
+A program can be compiled for a TPU or a GPU that is not here: libtpu (extra `tpu-target`) and the
+CUDA plug-in (extra `gpu-target`) bring the compilers, and JAX gives devices that hold no memory.
 No computation may run on those, not even `jax.random.key(0)`: pass `jax.ShapeDtypeStruct`s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -128,10 +129,8 @@ class Target:
                 layout = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
                 topology = topologies.get_topology_desc(platform="tpu", topology_name=layout)
             else:
-                try:
+                with contextlib.suppress(RuntimeError):
                     jax.devices("cuda")  # fails for want of a device; the plug-in is there then
-                except RuntimeError:
-                    pass
                 topology = topologies.get_topology_desc(
                     self.chip.name,
                     "cuda",

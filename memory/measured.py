@@ -1,0 +1,66 @@
+"""One layout measured on the devices that are here: seconds of a step, and bytes in use."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from memory.compiled import BATCH
+from memory.job import Job
+from parallel.mesh import make_mesh
+from training.optim import make_optimizer
+from training.schedules import make_schedule
+from training.state import create_state
+from training.step import make_step
+
+
+def measure_step(job: Job, *, steps: int = 5) -> dict[str, Any]:
+    """Runs the training step on one repeated batch of random tokens.
+
+    Args:
+      steps: timed ones, after two that are not.
+
+    Returns:
+      {"total_bytes": the allocator's peak on the fullest device, None where it keeps none (CPU),
+      "state_bytes": of the state between two steps, "seconds": the median,
+      "tokens_per_second"}.
+    """
+    mesh = make_mesh(job.mesh)
+    with jax.set_mesh(mesh):
+        model = job.build_model()
+        optimizer = make_optimizer(job.optimizer, job.steps, model.axes)
+        schedule = make_schedule(job.optimizer, job.steps)
+        step = make_step(
+            model, optimizer, schedule, job.precision, seed=0, micro_steps=job.micro_steps
+        )
+        state = create_state(model, optimizer, job.precision, 0, mesh)
+        rows = NamedSharding(mesh, job.rules.spec("batch seq"))
+        shape = (job.batch_size, job.sequence_length)
+        tokens = jax.random.randint(
+            jax.random.key(1), shape, 0, job.model.vocab_size, out_sharding=rows
+        )
+        positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+        batch = dict.fromkeys(BATCH, tokens)
+        batch["segments"] = jnp.ones_like(tokens)
+        batch["positions"] = jax.device_put(positions, rows)
+        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        seconds = []
+        for _ in range(steps + 2):
+            since = time.perf_counter()
+            state, metrics = compiled(state, batch)
+            jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - since)
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
+    median = statistics.median(seconds[2:])
+    return {
+        "total_bytes": max(peaks) if len(peaks) == len(stats) else None,
+        "state_bytes": sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state)),
+        "seconds": median,
+        "tokens_per_second": job.batch_size * job.sequence_length / median,
+    }

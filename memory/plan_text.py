@@ -1,0 +1,96 @@
+"""A plan as a person reads it: a table by component, whether it fits, the time, what would help."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memory.job import Job
+from memory.plan import GIB, Row
+from parallel.targets import Target
+
+GRADES = ("predicted", "compiled", "measured")
+# Components smaller than this share of the total are one line.
+SMALL = 0.005
+
+
+def describe(row: Row, job: Job, target: Target) -> str:
+    """The whole plan."""
+    batch = f"{job.batch_size} x {job.sequence_length} tokens a step"
+    lines = [
+        f"{target.name}: {target.device_count} devices; {row['name']}",
+        f"{batch}, {job.rows} sequences at a time on each device",
+        "",
+        *_table(row),
+        "",
+        verdict(row),
+        *_time(row, job),
+    ]
+    if row.get("remedies"):
+        lines += ["", "what would help, by itself:", *(f"  {line}" for line in row["remedies"])]
+    if row.get("together"):
+        lines += ["together, the least that fits:", f"  {row['together']}"]
+    elif not row["fits"] and not row.get("together"):
+        lines += ["nothing that this planner knows makes it fit: take more devices"]
+    return "\n".join(lines)
+
+
+def verdict(row: Row) -> str:
+    """One line: whether the layout fits, by how much, and by which grade."""
+    grade = next(g for g in reversed(GRADES[:2]) if row[g] and row[g].get("total_bytes"))
+    total, limit = row[grade]["total_bytes"], row["limit_bytes"]
+    if row["fits"]:
+        return f"fits: {total / GIB:.2f} of {limit / GIB:.2f} GiB ({grade})"
+    largest = sorted(row[grade].get("components", {}).items(), key=lambda item: -item[1])[:3]
+    named = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest)
+    end = f"; largest: {named}" if named else ""
+    return f"does not fit: needs {total / GIB:.2f} of {limit / GIB:.2f} GiB ({grade}){end}"
+
+
+def _table(row: Row) -> list[str]:
+    grades = [g for g in GRADES if row[g]]
+    parts = {g: _folded(row[g]) for g in grades}
+    names = list(dict.fromkeys(name for g in grades for name in parts[g]))
+    width = max(map(len, [*names, "total, GiB per device"]))
+    lines = [f"{'GiB per device':{width}}" + "".join(f"{g:>11}" for g in grades)]
+    for name in names:
+        cells = (f"{parts[g][name] / GIB:11.3f}" if name in parts[g] else " " * 11 for g in grades)
+        lines.append(f"{name:{width}}" + "".join(cells))
+    totals = (row[g].get("total_bytes") for g in grades)
+    shown = (" " * 10 + "-" if t is None else f"{t / GIB:11.3f}" for t in totals)
+    lines.append(f"{'total':{width}}" + "".join(shown))
+    hosts = [row[g].get("host_bytes") or 0 for g in grades]
+    if any(hosts):
+        cells = (f"{size / GIB:11.3f}" for size in hosts)
+        lines.append(f"{'in host memory':{width}}" + "".join(cells))
+    return lines
+
+
+def _folded(grade: dict[str, Any]) -> dict[str, int]:
+    """Components, the small ones as one."""
+    components = grade.get("components") or {}
+    total = sum(components.values())
+    large = {name: size for name, size in components.items() if size >= SMALL * total}
+    rest = total - sum(large.values())
+    return large | ({"the rest": rest} if rest else {})
+
+
+def _time(row: Row, job: Job) -> list[str]:
+    lines = []
+    for name in GRADES:
+        grade = row[name]
+        if not grade or not grade.get("seconds"):
+            continue
+        tokens = job.batch_size * job.sequence_length / grade["seconds"]
+        line = f"step, {name}: {_seconds(grade['seconds'])}, {tokens:,.0f} tokens/s"
+        if "mfu" in grade:
+            waits = [("products", grade["compute_seconds"]), ("memory", grade["memory_seconds"])]
+            waits += [(f"waiting for {axis}", s) for axis, s in grade["exposed_seconds"].items()]
+            waits += [("host", grade["host_seconds"]), ("bubble", grade["bubble_seconds"])]
+            shares = ", ".join(f"{what} {_seconds(s)}" for what, s in waits if s > 0)
+            line += f", MFU {grade['mfu']:.1%} ({shares})"
+        lines.append(line)
+    return lines
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

@@ -1,0 +1,119 @@
+"""Says where every byte of a training step goes on a target, what the step costs, and what to
+change if it does not fit. Nothing is run, and the target need not be here.
+
+    python plan.py --config=configs/llama3_8b.py --target=gpu:h100:1x8
+    python plan.py --config=configs/llama3_8b.py --target=tpu:v5p:4x4x4 --compile --html=plan.html
+    JAX_NUM_CPU_DEVICES=8 python plan.py --config=configs/tiny.py --target=cpu:8 --measure
+
+--compile runs the target's own compiler (extras gpu-target, tpu-target); --measure runs a few steps
+on the devices that are here.
+"""
+
+from __future__ import annotations
+
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import cli
+
+
+def main(
+    config: Any,
+    *,
+    target: str,
+    compile: bool,
+    measure: bool,
+    budget_gib: float | None,
+    json: Path | None,
+    html: Path | None,
+) -> None:
+    """Target, prediction, the other grades, what would help, files."""
+    from config_border import with_values
+    from config_types import plain
+    from experiment import read_experiment
+    from memory.plan import GIB, plan, remedies, together
+    from memory.plan_text import describe
+    from parallel.targets import parse_target
+
+    aim = parse_target(target)
+    if budget_gib is not None and budget_gib <= 0:
+        raise ValueError(f"--budget_gib={budget_gib}: GiB per device, above 0")
+    limit = aim.chip.memory if budget_gib is None else int(budget_gib * GIB)
+    experiment = read_experiment(config, aim.device_count)
+    job = experiment.job()
+
+    # --- The grades -------------------------------------------------------------------------------
+    row = plan(job, aim, name=experiment.describe_layout(), overrides={}, limit_bytes=limit)
+    buffers, timeline = [], []
+    if compile:
+        from compile_for import compile_for
+
+        answer = compile_for(plain(config), aim)
+        buffers, timeline = answer.pop("buffers", []), answer.pop("timeline", [])
+        row |= {"compiled": answer, "status": answer["status"], "error": answer["error"]}
+        if answer["status"] != "failed":
+            row["fits"] = answer["status"] == "ok" and answer["total_bytes"] <= limit
+            row["status"] = "ok" if row["fits"] else "does not fit"
+    if measure:
+        row["measured"] = measured(config, aim)
+
+    # --- What would help --------------------------------------------------------------------------
+    def change(overrides: dict[str, Any]) -> Any:
+        return read_experiment(with_values(config, overrides), aim.device_count).job()
+
+    row["remedies"], row["together"] = [], None
+    if not row["fits"]:
+        row["remedies"] = [str(r) for r in remedies(job, aim, limit, change)]
+        together_fit = together(job, aim, limit, change)
+        row["together"] = None if together_fit is None else str(together_fit)
+
+    # --- Out --------------------------------------------------------------------------------------
+    print(describe(row, job, aim))
+    for note in experiment.without_effect(aim.chip.kind):
+        print(f"note: {note}")
+    if json:
+        write(json, dumps(row, indent=1) + "\n")
+    if html:
+        from memory.report import plan_html
+
+        write(html, plan_html(row, timeline, buffers))
+
+
+def measured(config: Any, aim: Any) -> dict[str, Any]:
+    """The config's own step on the devices that are here."""
+    import jax
+
+    from experiment import read_experiment
+    from memory.measured import measure_step
+
+    here = jax.devices()
+    if (here[0].platform, len(here)) != (aim.chip.kind, aim.device_count):
+        raise ValueError(
+            f"--measure: --target={aim.name} is not here: there are {len(here)} x "
+            f"{here[0].device_kind}; leave --measure out"
+            + (f", or set JAX_NUM_CPU_DEVICES={aim.device_count}" if aim.chip.kind == "cpu" else "")
+        )
+    return measure_step(read_experiment(config, len(here)).job())
+
+
+def write(file: Path, text: str) -> None:
+    """Writes a file and its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    print(f"written: {file}")
+
+
+FLAGS = (
+    cli.Flag("target", str, None, "devices, such as gpu:h100:1x8 or tpu:v5e:4x4", required=True),
+    cli.Flag("compile", bool, False, "compile the step for the target"),
+    cli.Flag("measure", bool, False, "run a few steps on the devices that are here"),
+    cli.Flag("budget_gib", float, None, "GiB per device, if not all of its memory"),
+    cli.Flag("json", Path, None, "write the plan to this file"),
+    cli.Flag("html", Path, None, "draw the plan into this file"),
+)
+
+if __name__ == "__main__":
+    cli.run(
+        main, name="plan.py", about=__doc__, config_from="file", flags=FLAGS, needs_workdir=False
+    )
