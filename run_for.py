@@ -153,10 +153,10 @@ def folder_name(name: str, overrides: dict[str, Any]) -> str:
 
 
 def last_line(text: str) -> str:
-    """What a program said at its end."""
+    """The error that a program ended with: our own `error: ...`, or else its last words."""
+    ours = re.findall("(?:^|: )(error: .+)$", text, re.MULTILINE)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["it ended without a word"])[-1][:300]
+    return (ours or lines or ["it ended without a word"])[-1][:300]
 
 
 def workers(memory_each: int = 4 * 2**30) -> int:

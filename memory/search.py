@@ -209,7 +209,7 @@ def search(
         tried += compile_rows(batch)
         waiting = [row for row in waiting if all(row is not one for one in batch)]
     if best_of(tried) is None:
-        raise nothing_fits(tried or list(rows), budget)
+        raise nothing_fits(tried or list(rows), budget, left=len(waiting))
     return sorted(tried, key=lambda row: (not row["fits"], seconds(row)))
 
 
@@ -218,8 +218,8 @@ def best_of(rows: Iterable[Row]) -> Row | None:
     return min((row for row in rows if row["fits"]), key=seconds, default=None)
 
 
-def nothing_fits(rows: Sequence[Row], budget: int) -> ValueError:
-    """The error that says the least that would."""
+def nothing_fits(rows: Sequence[Row], budget: int, left: int = 0) -> ValueError:
+    """The error that says the least that would; `left` layouts were never compiled."""
     sized = [row for row in rows if row["status"] != "failed"]
     if not sized:
         return ValueError(f"no layout could be compiled; the first says: {rows[0]['error']}")
@@ -228,8 +228,9 @@ def nothing_fits(rows: Sequence[Row], budget: int) -> ValueError:
     parts = 100 if total_bytes(least) > GIB else 10_000
     gib = math.ceil(total_bytes(least) / GIB * parts) / parts
     return ValueError(
-        f"--budget_gib={budget / GIB:.4g}: nothing fits; "
-        f"the least is {gib} GiB with {least['name']}"
+        f"--budget_gib={budget / GIB:.4g}: nothing fits"
+        + (f" of the {len(rows)} layouts compiled, {left} are left (raise --top)" if left else "")
+        + f"; the least is {gib} GiB with {least['name']}"
     )
 
 
