@@ -29,8 +29,9 @@ def main(config: Any, workdir: Path) -> None:
     from data.dataset import open_data
     from data.loader import device_batches, local_rows
     from experiment import read_experiment
+    from memory.measure import MemoryWatch
     from models.flops import flops_per_token
-    from parallel.compilation import device_bytes, keep_compiled
+    from parallel.compilation import keep_compiled
     from parallel.mesh import make_mesh
     from training.checkpoint import Checkpoints
     from training.evaluation import evaluate, make_eval_step
@@ -45,6 +46,7 @@ def main(config: Any, workdir: Path) -> None:
 
     # --- Config and mesh ----------------------------------------------------------------------
     keep_compiled()
+    watch = MemoryWatch(workdir / "memory")
     experiment = read_experiment(config, jax.device_count())
     checkpoints = Checkpoints(workdir / "checkpoints", experiment.checkpoint)
     if checkpoints.latest() is not None and has_config(workdir):
@@ -101,7 +103,7 @@ def main(config: Any, workdir: Path) -> None:
                 with metrics.paused():  # not a step's time
                     since = time.perf_counter()
                     compiled[length] = jitted.lower(state, batch).compile()
-                    mib = device_bytes(compiled[length]) / 2**20
+                    mib = watch.compiled(compiled[length], batch) / 2**20
                     seconds = time.perf_counter() - since
                     say(f"step compiled in {seconds:.1f} s: {mib:,.0f} MiB per device")
             return compiled[length](state, batch)
@@ -124,11 +126,13 @@ def main(config: Any, workdir: Path) -> None:
             step=start,
             flops_per_token=flops_per_token(experiment.model, experiment.data.sequence_length),
             run_config=plain(config),
+            watch=watch.row,
         )
         every, eval_every = experiment.checkpoint.every, experiment.eval.every
         if start >= settings.steps:
             say(f"nothing to do: config.train.steps is {settings.steps}")
         with (
+            watch,
             data.train(start, rows=rows) as loader,
             closing(checkpoints),
             closing(metrics),
@@ -138,6 +142,7 @@ def main(config: Any, workdir: Path) -> None:
             for step in range(start + 1, settings.steps + 1):
                 state, measured = run_step(state, next(batches))
                 metrics.push(step, measured)
+                watch.after(step)
                 stopping, done = stop.requested(step), step == settings.steps
                 saving = done or stopping or step % every == 0
                 due = done or (eval_every > 0 and step % eval_every == 0)

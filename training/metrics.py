@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import psutil
 
 from training.utilization import peak_flops
 from training.writers import JsonLines, Progress, TensorBoard, WeightsAndBiases, Writer
@@ -43,7 +42,7 @@ class Metrics:
     Rows are written for step 1, every `log_every` steps, the last step, and a step before a pause.
     A row has what the step returned, and `step`, `step_seconds` and `tokens_per_second` (means over
     the steps since the row before; for the first row, since this object was made), `mfu` where the
-    peak is known, `device_bytes` and `host_bytes` in use.
+    peak is known, and what `watch` says.
 
     Args:
       workdir: the run's folder.
@@ -55,6 +54,7 @@ class Metrics:
       step: the step that the run continues from; later rows of earlier runs are cut.
       flops_per_token: of the model, forward and backward, without recomputation; None: no MFU.
       run_config: the resolved config, for Weights & Biases.
+      watch: more numbers for a row, such as memory in use; called when the row is made.
 
     Attributes:
       seconds_blocked: how long the host was busy here, in all, without its waiting for the device.
@@ -74,6 +74,7 @@ class Metrics:
         step: int = 0,
         flops_per_token: float | None = None,
         run_config: Mapping[str, Any] | None = None,
+        watch: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         for name, value in (("log_every", log_every), ("max_skipped", max_skipped)):
             if value < 1:
@@ -81,7 +82,7 @@ class Metrics:
         self._total_steps, self._log_every, self._max_skipped = total_steps, log_every, max_skipped
         self._flops_per_token = flops_per_token
         self._peak = peak_flops(jax.devices()[0])
-        self._process = psutil.Process()
+        self._watch = watch
         self._writers: list[Writer] = []
         if jax.process_index() == 0:
             self._writers.append(JsonLines(workdir / "metrics.jsonl", step))
@@ -181,8 +182,7 @@ class Metrics:
         row = self._last | {
             "step_seconds": seconds / self._steps,
             "tokens_per_second": self._tokens / seconds,
-            "device_bytes": device_bytes(),
-            "host_bytes": self._process.memory_info().rss,
+            **self._watch(),
         }
         if self._flops_per_token and self._peak:
             peak = self._peak * jax.device_count()
@@ -196,19 +196,3 @@ class Metrics:
         for writer in self._writers:
             writer.write(row)
         self.seconds_blocked += time.perf_counter() - start
-
-
-def device_bytes() -> int:
-    """Bytes in use on the fullest local device.
-
-    The allocator's own figure, temporaries included; where there is none (CPU), the live arrays.
-    """
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    if all("bytes_in_use" in stat for stat in stats):
-        return max(stat["bytes_in_use"] for stat in stats)
-    # Every array is divided over all devices, or small.
-    return sum(
-        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        for array in jax.live_arrays()
-        if not array.is_deleted()
-    )

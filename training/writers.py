@@ -167,7 +167,9 @@ class Progress:
         ]
         if "mfu" in row:
             parts.append(f"MFU {row['mfu']:.1%}")
-        parts.append(f"memory {row['device_bytes'] / 2**30:.2f} GiB")
+        if "device_bytes" in row:
+            now, peak = (row[f"device_{name}"] / 2**30 for name in ("bytes", "peak_bytes"))
+            parts.append(f"memory {now:.2f} GiB, peak {peak:.2f}")
         if "eval_loss" in row:
             parts.append(f"held-out loss {row['eval_loss']:.4f}")
         seconds = round((self._total - step) * row["step_seconds"])
