@@ -74,7 +74,8 @@ def lower_step(job: Job, devices: list[Any]) -> jax.stages.Lowered:
         rows = NamedSharding(mesh, job.rules.spec("batch seq"))
         shape = (job.batch_size, job.sequence_length)
         batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in BATCH}
-        state = abstract_state(model, optimizer, job.precision, mesh)
+        # Abstract: the GPUs of a topology know no kinds of memory, and shardings would forget them.
+        state = abstract_state(model, optimizer, job.precision, mesh.abstract_mesh)
         return jax.jit(step, donate_argnums=0).lower(state, batch)
 
 
@@ -94,11 +95,12 @@ def compile_step(job: Job, target: Target) -> Compiled:
         temporaries = temporaries_refused(str(error))
         if temporaries is None:
             raise
-        arguments = argument_bytes(lowered)
+        arguments = argument_bytes(lowered, jax.memory.Space.Device)
         return Compiled(
             arguments + temporaries,
             arguments=arguments,
             temporaries=temporaries,
+            host_bytes=argument_bytes(lowered, jax.memory.Space.Host),
             out_of_memory=True,
             error=first_line(str(error)),
         )
@@ -135,13 +137,14 @@ def temporaries_refused(message: str) -> int | None:
     return int(float(found[1]) * UNITS[found[2]]) if found else None
 
 
-def argument_bytes(lowered: jax.stages.Lowered) -> int:
-    """Bytes of a step's arguments on one device; the donated state is written in place."""
+def argument_bytes(lowered: jax.stages.Lowered, space: jax.memory.Space) -> int:
+    """Bytes of a step's arguments in one memory, per device; donated state is written in place."""
     total = 0
     for info in jax.tree.leaves(lowered.args_info):
         aval = info._aval
         sharding = NamedSharding(aval.sharding.mesh, aval.sharding.spec)
-        total += math.prod(sharding.shard_shape(aval.shape)) * aval.dtype.itemsize
+        if aval.memory_space == space:
+            total += math.prod(sharding.shard_shape(aval.shape)) * aval.dtype.itemsize
     return total
 
 

@@ -78,7 +78,10 @@ def state_partition(model: Model, optimizer: Optimizer, precision: PrecisionConf
 
 
 def state_shardings(
-    model: Model, optimizer: Optimizer, precision: PrecisionConfig, mesh: jax.sharding.Mesh
+    model: Model,
+    optimizer: Optimizer,
+    precision: PrecisionConfig,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
 ) -> TrainState:
     """The NamedSharding of every array of the state, which says in what memory it is."""
     shardings = shardings_of(state_partition(model, optimizer, precision), mesh)
@@ -118,7 +121,7 @@ def abstract_state(
     model: Model,
     optimizer: Optimizer,
     precision: PrecisionConfig,
-    mesh: jax.sharding.Mesh,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
 ) -> TrainState:
     """The state as `ShapeDtypeStruct`s with shardings: what a checkpoint is restored to."""
     params = abstract_params(model, precision)
@@ -139,7 +142,7 @@ def abstract_state(
     )
 
 
-def shardings_of(specs: Tree, mesh: jax.sharding.Mesh) -> Tree:
+def shardings_of(specs: Tree, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> Tree:
     """PartitionSpecs to NamedShardings."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
