@@ -244,7 +244,8 @@ def spearman(xs: list[float], ys: list[float]) -> float:
     import numpy as np
 
     ranks = [np.argsort(np.argsort(values)) for values in (xs, ys)]
-    return float(np.corrcoef(*ranks)[0][1])
+    matrix: np.ndarray = np.asarray(np.corrcoef(ranks[0], ranks[1]))
+    return float(matrix[0, 1])
 
 
 if __name__ == "__main__":

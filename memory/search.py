@@ -123,7 +123,8 @@ def describe(overrides: Overrides) -> str:
     save, offloaded = value.pop("remat.save", ()), value.pop("remat.offload", ())
     if policy is not None:
         kept = [f"save {' '.join(save)}"] if save else []
-        kept += [f"offload {' '.join(offloaded)}"] if offloaded else []
+        names = "dots" if tuple(offloaded) == DOTS else " ".join(offloaded)
+        kept += [f"offload {names}"] if offloaded else []
         words.append(f"remat {' '.join(kept) or policy}")
     if (micro := value.pop("train.grad_accumulation", 1)) != 1:
         words.append(f"micro-steps {micro}")

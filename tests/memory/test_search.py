@@ -219,6 +219,11 @@ def test_a_custom_policy_is_a_choice_and_leaves_no_names_behind():
             },
             "data 2, fsdp 4, zero 2, remat full, micro-steps 8",
         ),
+        (
+            {"config.remat.policy": "custom", "config.remat.offload": search.DOTS},
+            "remat offload dots",
+        ),
+        ({"config.remat.policy": "custom", "config.remat.save": ("key",)}, "remat save key"),
         ({"config.seed": 3, "config.model.layers": 2}, "seed 3, model.layers 2"),
         (
             {"config.precision.params": "bfloat16", "config.precision.compute": "bfloat16"},
