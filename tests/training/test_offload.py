@@ -1,0 +1,218 @@
+"""Moments in host memory: the same training, with one layer of them at a time on the device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.sharding import get_mesh
+
+from parallel.precision import PrecisionConfig
+from parallel.targets import parse_target
+from tests.small import layout
+from tests.training.test_optim import AXES, arrays, config_of, place, rules_for
+from training.checkpoint import CheckpointConfig, Checkpoints
+from training.offload import Offloaded
+from training.optim import NAMES, apply_update, make_optimizer, state_specs
+from training.schedules import make_schedule
+from training.state import abstract_state, create_state, shardings_of
+from training.step import make_step
+
+HOST = jax.memory.Space.Host
+FLOAT32 = PrecisionConfig()
+MESH = dict(fsdp=4, tensor=2)
+
+
+def laid_out(optimizer, rules):
+    """Parameters, and the optimizer's state where it belongs."""
+    params = place(arrays(0), rules.at_rest)
+    shardings = shardings_of(state_specs(optimizer, AXES, params, rules), get_mesh())
+    if isinstance(optimizer, Offloaded):
+        shardings = optimizer.placed(shardings, params)
+    return params, jax.jit(optimizer.init, out_shardings=shardings)(params)
+
+
+def updated(config, rules):
+    """Parameters and state after four updates in float16's way, of which one is skipped."""
+    optimizer = make_optimizer(config, 10, AXES)
+    params, state = laid_out(optimizer, rules)
+    types = jax.tree.map(jax.typeof, (params, state))
+    step = jax.jit(lambda *args: apply_update(optimizer, *args, scale=8.0), donate_argnums=(1, 2))
+    for i in range(4):
+        old = state
+        before = jax.tree.map(np.asarray, (params, state)) if i == 2 else None
+        grads = jax.tree.map(lambda a: (8 * a).astype(np.float16), arrays(i + 1))
+        if before:
+            grads["blocks"]["q"][1, 0] = np.inf  # in one layer: no layer may be updated
+        params, state, _, finite = step(place(grads, rules.of_gradient), state, params)
+        assert bool(finite) == (before is None)
+        if before:
+            jax.tree.map(np.testing.assert_array_equal, (params, state), before)
+        else:  # NumPy's view would hold the donated arrays
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    assert jax.tree.map(jax.typeof, (params, state)) == types
+    return jax.tree.map(np.asarray, (params, state))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_updates_are_the_same(use_mesh, name):
+    rules = rules_for(MESH, zero=3)
+    with use_mesh(**MESH):
+        want = updated(config_of(name), rules)
+        got = updated(config_of(name, offload=True), rules)
+    # Elementwise arithmetic is the same to the bit. Muon's products of one matrix are summed in
+    # another order than those of a batch of them: some 1e-7 of an entry, grown by five iterations.
+    tolerance = 1e-5 if name == "muon" else 1e-6
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    jax.tree.map(close, got, want)
+
+
+def equations(jaxpr):
+    """All equations of a program and of the programs in it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda p: isinstance(p, ClosedJaxpr | Jaxpr)
+        ):
+            if isinstance(value, ClosedJaxpr | Jaxpr):
+                yield from equations(getattr(value, "jaxpr", value))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_slices_of_one_layer_travel(use_mesh, name):
+    """Arrays in host memory are cut and written to, and what is moved is one layer's."""
+    optimizer, rules = make_optimizer(config_of(name, offload=True), 10, AXES), rules_for(MESH, 3)
+    with use_mesh(**MESH):
+        params, state = laid_out(optimizer, rules)
+        on_host = [leaf for leaf in jax.tree.leaves(state) if jax.typeof(leaf).memory_space == HOST]
+        assert len(on_host) == {"adamw": 10, "muon": 7, "adafactor": 8}.get(name, 5)
+        grads = place(arrays(1), rules.of_gradient)
+        update = jax.make_jaxpr(lambda *args: apply_update(optimizer, *args))
+        program = update(grads, state, params)
+    moved = 0
+    for eqn in equations(program.jaxpr):
+        types = [v.aval for v in (*eqn.invars, *eqn.outvars) if hasattr(v.aval, "memory_space")]
+        if not any(t.memory_space == HOST for t in types):
+            continue
+        kind = eqn.primitive.name
+        if kind == "device_put":
+            assert all(t.shape[0] == 1 for t in types), eqn
+            moved += len(eqn.outvars)
+        else:
+            assert kind in ("while", "scan", "dynamic_slice", "dynamic_update_slice"), eqn
+    assert moved == 2 * len(on_host)  # there and back
+
+
+def kinds(state):
+    """Memory kind -> how many arrays of the state are there."""
+    found = [leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)]
+    return {kind: found.count(kind) for kind in found}
+
+
+@pytest.mark.slow
+def test_training_and_checkpoints_are_the_same(tmp_path):
+    """Two steps, a checkpoint continued on another layout with and without offload, two more."""
+    config = config_of("adamw", learning_rate=1e-2, offload=True)
+    plain = config_of("adamw", learning_rate=1e-2)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+
+    def run(config, first, last, **mesh):
+        with layout(zero=3, dropout=0.0, layers=2, **mesh) as laid:
+            optimizer = make_optimizer(config, 10, laid.model.axes)
+            schedule = make_schedule(config, 10)
+            step = make_step(laid.model, optimizer, schedule, FLOAT32, seed=0)
+            step = jax.jit(step, donate_argnums=0)
+            if first:
+                abstract = abstract_state(laid.model, optimizer, FLOAT32, laid.mesh)
+                _, state = checkpoints.restore(first, abstract)
+            else:
+                state = create_state(laid.model, optimizer, FLOAT32, 0, laid.mesh)
+            where, losses = kinds(state), []
+            assert (where.get("pinned_host", 0) > 0) == config.offload
+            for i in range(first, last):
+                state, metrics = step(state, laid.batch(i))
+                losses.append(float(metrics["loss"]))
+            assert kinds(state) == where
+            if not first and config.offload:
+                checkpoints.save(last, state, {})
+                checkpoints.wait()
+            return losses
+
+    want = run(plain, 0, 4, **MESH)
+    assert run(config, 0, 2, **MESH) == want[:2]
+    assert run(config, 2, 4, **MESH) == want[2:]
+    assert run(plain, 2, 4, **MESH) == want[2:]
+    # fp32 sums in another order, as in test_layouts.py
+    np.testing.assert_allclose(run(config, 2, 4, fsdp=2), want[2:], rtol=1e-5)
+
+
+COMPILE = """
+import json, sys
+from config_border import load_config, override
+from experiment import read_experiment
+from memory.compiled import compile_step
+from parallel.targets import parse_target
+
+target, config, changes = parse_target(sys.argv[1]), load_config(sys.argv[2]), sys.argv[3:]
+config = override(config, [f"--config.{change}" for change in changes])
+job = read_experiment(config, target.device_count).job()
+print(json.dumps(compile_step(job, target).sizes()))
+"""
+# Dims that a TPU need not pad to tiles of 8 x 128 numbers, or it would count more bytes.
+L8, D8, T8 = 8, 1024, 128
+SMALL = [
+    *("mesh.data=1", "mesh.fsdp=8", "data.batch_size=8", f"data.sequence_length={T8}"),
+    *("model.heads=8", "model.kv_heads=8", "model.head_dim=128", f"model.layers={L8}"),
+    *(f"model.embed_dim={D8}", f"model.mlp_dim={D8}"),
+]
+
+
+def compiled(target, *changes):
+    """What the target's compiler says of a small step, in a process of its own."""
+    root = Path(__file__).parents[2]
+    environment = os.environ | target.environment() | {"XLA_FLAGS": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, sys.path)])
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILE, target.name, "configs/tiny.py", *SMALL, *changes],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpu:h100:1x8", "tpu:v5e:2x4"])
+def test_bytes_leave_the_device(name):
+    """Counted by the target's own compiler: what leaves the device is on the host, to the byte."""
+    target = parse_target(name)
+    try:
+        target.check_compiler()
+    except ValueError as error:
+        pytest.skip(str(error))
+    plain = compiled(target)
+    assert plain["host_bytes"] == 0
+
+    state = compiled(target, "optimizer.offload=true")
+    weights = L8 * (7 * D8 * D8 + 2 * D8)  # four projections, three of the feed-forward, two gains
+    assert state["host_bytes"] == 2 * 4 * weights // 8  # both moments, float32, over 8 devices
+    assert plain["arguments"] - state["arguments"] == state["host_bytes"]
+    layer = state["host_bytes"] // L8
+    # Fetched, written back, and the neighbours that the compiler overlaps: less than four layers.
+    assert state["temporaries"] - plain["temporaries"] < 4 * layer
+    assert state["total_bytes"] < plain["total_bytes"]
+
+    policy = ["remat.policy=custom", "remat.save=attention_out"]
+    saved = compiled(target, policy[0], f"{policy[1]},mlp_act")
+    offloaded = compiled(target, *policy, "remat.offload=mlp_act")
+    assert saved["host_bytes"] == 0
+    assert offloaded["host_bytes"] == L8 * T8 * D8 * 4  # [layers, a row, sequence, ffn], float32
+    assert offloaded["total_bytes"] < saved["total_bytes"]
