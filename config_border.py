@@ -28,14 +28,16 @@ NOT_EXPERIMENTS = ("__init__", "base")
 
 # What may differ between a run and its continuation: how long, how often, and where bytes lie. All
 # else changes what is learnt, and belongs in a workdir of its own.
-FREE_SECTIONS = ("checkpoint", "eval", "logging", "mesh", "parallel", "remat")
+FREE_SECTIONS = ("checkpoint", "eval", "logging", "memory", "mesh", "parallel", "remat")
 FREE_KEYS = (
     "config.data.cache",
     "config.data.eval_path",
     "config.data.prefetch_mib",
+    "config.layout",
     "config.loss.chunk",
     "config.model.attention",
     "config.model.unroll",
+    "config.optimizer.offload",
     "config.train.grad_accumulation",
     "config.train.log_every",
     "config.train.max_skipped",

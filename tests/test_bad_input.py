@@ -148,6 +148,10 @@ BAD_KEYS = {
     "optimizer.weight_decay=-0.1": ("config.optimizer.weight_decay = -0.1", "0 (off) or more"),
     "optimizer.weight_decay=inf": ("config.optimizer.weight_decay = inf", "a finite number"),
     "optimizer.clip_norm=-1": ("config.optimizer.clip_norm = -1.0", "0 (off) or more"),
+    "optimizer.name=sgd optimizer.momentum=0 optimizer.offload=true": (
+        "config.optimizer.offload = True",
+        "sgd without momentum",
+    ),
     "optimizer.b2=1": ("config.optimizer.b2 = 1.0", "below 1"),
     "loss.chunk=0": ("config.loss.chunk = 0", "at least 1"),
     "loss.z_loss=nan": ("config.loss.z_loss = nan", "a finite number"),

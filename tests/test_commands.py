@@ -19,7 +19,8 @@ def trained(tmp_path_factory):
     texts = write_texts(folder / "texts")
     keys = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "train__steps": 4}
     keys |= {"remat__policy": "custom", "remat__save": "query", "remat__offload": "attention_out"}
-    command = arguments(folder / "run", texts, **keys, parallel__sequence=True)
+    keys |= {"parallel__sequence": True, "optimizer__offload": True}
+    command = arguments(folder / "run", texts, **keys)
     compiled = folder / "compiled"
     out, err = finish(start("train.py", *command, devices=8, compiled=compiled))
     return SimpleNamespace(workdir=folder / "run", out=out, err=err, compiled=compiled)
@@ -38,7 +39,9 @@ def test_overrides_reach_training(trained):
 
 
 def test_what_has_no_effect_is_said(trained):
-    assert "note: config.remat.offload has no effect: XLA:CPU keeps everything in" in trained.out
+    for key in ("remat", "optimizer"):
+        note = f"note: config.{key}.offload has no effect: XLA:CPU keeps everything in host memory"
+        assert note in trained.out
 
 
 def test_it_ends_with_the_next_command(trained):

@@ -82,7 +82,7 @@ class Offloaded:
 
             def write(tree: Tree, layer: Tree) -> Tree:
                 put = jax.lax.dynamic_update_slice_in_dim
-                return jax.tree.map(lambda a, new: put(a, new, i, 0), tree, layer)
+                return jax.tree.map(lambda a, one: put(a, one, i, 0), tree, layer)
 
             params, moments = carry
             fetched = jax.device_put(cut(moments), jax.memory.Space.Device)

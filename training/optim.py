@@ -79,6 +79,8 @@ class OptimizerConfig:
         for key in ("b1", "b2", "momentum"):
             check(key, 0 <= getattr(self, key) < 1, "a decay is at least 0 and below 1")
         check("eps", self.eps > 0, "above 0")
+        stateless = self.name == "sgd" and self.momentum == 0
+        check("offload", not (self.offload and stateless), "sgd without momentum has no state")
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any) -> Optimizer:
