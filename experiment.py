@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from config_types import build
 from data.config import DataConfig
 from memory.job import Job
+from memory.plan import MemoryConfig
 from models.config import DecoderConfig
 from parallel.mesh import MeshConfig
 from parallel.precision import PrecisionConfig
@@ -21,6 +22,8 @@ from training.metrics import LoggingConfig
 from training.objectives import causal_lm
 from training.optim import OptimizerConfig
 from training.state import Model
+
+LAYOUTS = ("given", "auto")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Experiment:
     """All sections of a config; `mesh` is resolved for the devices."""
 
     seed: int
+    layout: str  # "given", or "auto": chosen by `before_run.py`
     model: DecoderConfig
     mesh: MeshConfig
     parallel: ParallelConfig
@@ -62,6 +66,7 @@ class Experiment:
     checkpoint: CheckpointConfig
     eval: EvalConfig
     logging: LoggingConfig
+    memory: MemoryConfig
 
     def rules(self) -> Rules:
         """The layout, every divided dim checked."""
@@ -143,8 +148,11 @@ def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
     """
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"config.seed = {config.seed}: 0 to {2**32 - 1}")
+    if config.layout not in LAYOUTS:
+        raise ValueError(f"config.layout = {config.layout!r}: choose one of {', '.join(LAYOUTS)}")
     experiment = Experiment(
         seed=config.seed,
+        layout=config.layout,
         model=build(DecoderConfig, config.model, "config.model"),
         mesh=build(MeshConfig, config.mesh, "config.mesh").resolve(device_count),
         parallel=build(ParallelConfig, config.parallel, "config.parallel"),
@@ -157,6 +165,7 @@ def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
         checkpoint=build(CheckpointConfig, config.checkpoint, "config.checkpoint"),
         eval=build(EvalConfig, config.eval, "config.eval"),
         logging=build(LoggingConfig, config.logging, "config.logging"),
+        memory=build(MemoryConfig, config.memory, "config.memory"),
     )
     length, longest = experiment.data.sequence_length, experiment.model.max_length
     if length > longest:

@@ -21,9 +21,17 @@ from parallel.huge_pages import use_huge_pages
 
 
 def main(config: Any, workdir: Path) -> None:
-    """Config, mesh, data, state, step, loop."""
-    import jax  # here: a typo on the command line costs no import
+    """The plan, then the run; a layout that was chosen and runs out of memory gives way."""
+    from before_run import with_plan  # here: a typo on the command line costs no import of JAX
 
+    with_plan(config, lambda config: train(config, workdir), say)
+
+
+def train(config: Any, workdir: Path) -> None:
+    """Config, mesh, data, state, step, loop."""
+    import jax
+
+    from before_run import check_same_data
     from config_border import check_same_run, has_config, read_config, write_config
     from config_types import plain
     from data.dataset import open_data
@@ -173,15 +181,6 @@ def format_result(result: dict[str, float]) -> str:
         f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, "
         f"{result['bits_per_byte']:.3f} bits per byte"
     )
-
-
-def check_same_data(saved: str, now: str, workdir: Path) -> None:
-    """Refuses to continue on other data than the checkpoint was trained on."""
-    if saved != now:
-        raise ValueError(
-            f"config.data: the files have changed since --workdir={workdir} was trained "
-            f"(fingerprint {saved[:12]}, now {now[:12]}); give the same files or another --workdir"
-        )
 
 
 def say(line: str) -> None:

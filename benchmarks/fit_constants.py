@@ -42,7 +42,8 @@ BOUNDS = {
     "lookup_narrow": (0, 8),
     "period": (0, 1),
     "regathered": (0, 2),
-    "accumulated": (1, 2.5),
+    "twin": (0, 1.2),
+    "accumulated": (0.8, 2.5),
     "update": (0, 3),
     "packing": (1, 1.1),
 }

@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of initial weights, order of data and dropout
 
+    config.layout = "given"  # given | auto: mesh, parallel, remat and micro-steps are chosen to fit
+
     config.model = model = ConfigDict()  # models/config.py
     model.family = "decoder"
     model.vocab_size = 4096  # of the tokenizer; padded at rest to a multiple of 128
@@ -140,4 +142,8 @@ def get_config() -> ConfigDict:
     config.logging = logging = ConfigDict()  # training/metrics.py
     logging.tensorboard = True
     logging.wandb = False  # offline, with the extra `wandb`
+
+    config.memory = memory = ConfigDict()  # memory/plan.py
+    memory.check = "refuse"  # refuse | warn | off: a run that is predicted not to fit
+    memory.budget_gib = 0.0  # GiB per device that may be used; 0: all that the device has
     return config.lock()

@@ -24,6 +24,7 @@ class Constants:
       lookup_narrow: tensors [tokens, D] beside them.
       period: share of the other layers of a pattern's period that live beside one.
       regathered: weights gathered whole that live twice.
+      twin: of these, at ZeRO level 2, what lives twice all the time.
       accumulated: buffers that sum gradients over micro-steps.
       update: temporaries of the optimizer, in master copies.
       packing: allocated over live.
@@ -41,6 +42,7 @@ class Constants:
     lookup_narrow: float = 2.0
     period: float = 0.5
     regathered: float = 1.0
+    twin: float = 0.5
     accumulated: float = 1.0
     update: float = 0.1
     packing: float = 1.02

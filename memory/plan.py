@@ -23,6 +23,29 @@ Row = dict[str, Any]
 GIB = 2**30
 
 
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What is done about a run that does not fit (`config.memory`).
+
+    Attributes:
+      check: refuse, warn or off.
+      budget_gib: GiB per device that may be used; 0: all that the device has.
+    """
+
+    check: str = "refuse"
+    budget_gib: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.check not in ("refuse", "warn", "off"):
+            raise ValueError(
+                f"config.memory.check = {self.check!r}: choose one of refuse, warn, off"
+            )
+        if self.budget_gib < 0:
+            raise ValueError(
+                f"config.memory.budget_gib = {self.budget_gib}: GiB per device, or 0 for all"
+            )
+
+
 def predicted(prediction: Prediction, time: StepTime) -> dict[str, Any]:
     """A prediction as plain data."""
     return {

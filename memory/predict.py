@@ -324,8 +324,9 @@ class Terms:
         fsdp = job.sizes["fsdp"] > 1
         stored = dict(self.saved)
         gathered = self.layer_weights if fsdp and job.parallel.zero == 3 else 0
+        twins = self.copied_whole if job.parallel.zero == 2 else 0
         always = {
-            "weights in compute dtype": self.copy,
+            "weights in compute dtype": self.copy + int(k.twin * twins),
             "summed gradients": int(k.accumulated * self.accumulated),
         }
         kept = always | {f"saved: {name}": size for name, size in stored.items()}

@@ -183,4 +183,3 @@ def _host_seconds(job: Job, terms: Terms, target: Target) -> float:
     """Offloaded state is read and written once a step, activations once each: two ways at once."""
     moved = sum(terms.offloaded.values()) * job.micro_steps + terms.offloaded_state
     return moved / target.chip.host_link
-

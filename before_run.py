@@ -1,0 +1,121 @@
+"""What train.py does before it allocates: the plan, and the layout where it may choose.
+
+`config.layout = "auto"` takes the fastest layout that is predicted to fit the devices that are
+here, and gives the next one when it runs out of memory all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from config_border import with_values
+from experiment import read_experiment
+from layouts import all_rows
+from memory.measure import OutOfMemory
+from memory.plan import GIB, Row, plan, remedies
+from memory.plan_text import verdict
+from memory.search import best_of, fallbacks, nothing_fits
+from parallel.targets import Target, local_target
+
+
+def with_plan(
+    config: ConfigDict, train: Callable[[ConfigDict], None], say: Callable[[str], None]
+) -> None:
+    """Trains with the config, or with each layout that is chosen for it until one has room."""
+    plans = planned(config, say)
+    config = next(plans)
+    while True:
+        try:
+            return train(config)
+        except OutOfMemory:
+            following = next(plans, None)
+            if following is None:
+                raise
+            config = following
+
+
+def planned(config: ConfigDict, say: Callable[[str], None]) -> Iterator[ConfigDict]:
+    """The configs to train with: the first, and after each that ran out of memory the next.
+
+    Args:
+      say: prints a line for a person.
+
+    Raises:
+      ValueError: the config cannot fit (`config.memory.check`), or no layout does.
+    """
+    try:
+        target = local_target()
+    except ValueError as error:  # a device that nobody has described
+        if config.layout == "auto":
+            raise
+        say(f"plan: none, {error}")
+        yield config
+        return
+    settings = read_experiment(config, jax.device_count()).memory  # refuses what is wrong in itself
+    limit = int(settings.budget_gib * GIB) or target.chip.memory
+    if config.layout == "auto":
+        yield from _chosen(config, target, limit, say)
+    else:
+        _check(config, target, limit, settings.check, say)
+        yield config
+
+
+def _chosen(
+    config: ConfigDict, target: Target, limit: int, say: Callable[[str], None]
+) -> Iterator[ConfigDict]:
+    rows = all_rows(config, target, limit)
+    best = best_of(rows)
+    if best is None:
+        words = str(nothing_fits(rows, limit)).removeprefix("--budget_gib")
+        raise ValueError(f"config.memory.budget_gib{words}")
+    say(f"layout: {best['name']}, the fastest of {len(rows)} that is predicted to fit")
+    for row in (best, *fallbacks(rows, best)):
+        if row is not best:
+            say(f"out of memory: trying the next layout, {row['name']}")
+        say(f"plan: {summary(row)}")
+        yield with_values(config, row["overrides"])
+
+
+def _check(
+    config: ConfigDict, target: Target, limit: int, check: str, say: Callable[[str], None]
+) -> None:
+    experiment = read_experiment(config, target.device_count)
+    job = experiment.job()
+    row = plan(job, target, name=experiment.describe_layout(), overrides={}, limit_bytes=limit)
+    say(f"plan: {summary(row)}")
+    if row["fits"] or check == "off":
+        return
+
+    def change(overrides: dict[str, object]) -> object:
+        return read_experiment(with_values(config, overrides), target.device_count).job()
+
+    helps = remedies(job, target, limit, change)  # type: ignore[arg-type]
+    advice = f"; {helps[0]}" if helps else ""
+    line = f"{verdict(row)}{advice}; plan.py says more"
+    if check == "refuse":
+        raise ValueError(f"{line}; config.memory.check=warn runs it all the same")
+    say(f"warning: {line}")
+
+
+def summary(row: Row) -> str:
+    """One line: what is needed, of what, and the largest components."""
+    grade = row["predicted"]
+    largest = sorted(grade["components"].items(), key=lambda item: -item[1])[:4]
+    named = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest)
+    return (
+        f"{grade['total_bytes'] / GIB:.2f} of {row['limit_bytes'] / GIB:.2f} GiB per device "
+        f"predicted ({named})"
+    )
+
+
+def check_same_data(saved: str, now: str, workdir: Path) -> None:
+    """Refuses to continue on other data than the checkpoint was trained on."""
+    if saved != now:
+        raise ValueError(
+            f"config.data: the files have changed since --workdir={workdir} was trained "
+            f"(fingerprint {saved[:12]}, now {now[:12]}); give the same files or another --workdir"
+        )
