@@ -28,12 +28,16 @@ FLOAT32 = PrecisionConfig()
 MESH = dict(fsdp=4, tensor=2)
 
 
+def shardings_for(optimizer, params, rules):
+    """Where the state of these parameters belongs, on the current mesh."""
+    shardings = shardings_of(state_specs(optimizer, AXES, params, rules), get_mesh())
+    return optimizer.placed(shardings, params) if isinstance(optimizer, Offloaded) else shardings
+
+
 def laid_out(optimizer, rules):
     """Parameters, and the optimizer's state where it belongs."""
     params = place(arrays(0), rules.at_rest)
-    shardings = shardings_of(state_specs(optimizer, AXES, params, rules), get_mesh())
-    if isinstance(optimizer, Offloaded):
-        shardings = optimizer.placed(shardings, params)
+    shardings = shardings_for(optimizer, params, rules)
     return params, jax.jit(optimizer.init, out_shardings=shardings)(params)
 
 
@@ -108,47 +112,57 @@ def test_only_slices_of_one_layer_travel(use_mesh, name):
     assert moved == 2 * len(on_host)  # there and back
 
 
-def kinds(state):
-    """Memory kind -> how many arrays of the state are there."""
-    found = [leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)]
-    return {kind: found.count(kind) for kind in found}
+@pytest.mark.parametrize("offload", [False, True])
+def test_checkpoints_do_not_know_of_it(use_mesh, tmp_path, offload):
+    """Moments saved from host memory come back on another mesh, in host memory or not."""
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    optimizer = make_optimizer(config_of("adamw", offload=True), 10, AXES)
+    with use_mesh(**MESH):
+        rules = rules_for(MESH, zero=3)
+        params, state = laid_out(optimizer, rules)
+        update = jax.jit(lambda *args: apply_update(optimizer, *args))
+        _, state, *_ = update(place(arrays(1), rules.of_gradient), state, params)
+        checkpoints.save(1, state, {})
+        checkpoints.close()
+        saved = jax.tree.map(np.asarray, state)
+    optimizer = make_optimizer(config_of("adamw", offload=offload), 10, AXES)
+    with use_mesh(fsdp=2):
+        rules = rules_for(dict(fsdp=2), zero=3)
+        params = place(arrays(0), rules.at_rest)
+        shardings = shardings_for(optimizer, params, rules)
+        wanted = jax.tree.map(
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+            jax.eval_shape(optimizer.init, params),
+            shardings,
+        )
+        _, restored = Checkpoints(tmp_path).restore(1, wanted)
+        assert jax.tree.map(lambda a: a.sharding, restored) == shardings
+    jax.tree.map(np.testing.assert_array_equal, restored, saved)
+    on_host = [a for a in jax.tree.leaves(restored) if a.sharding.memory_kind == "pinned_host"]
+    assert len(on_host) == (10 if offload else 0)
 
 
 @pytest.mark.slow
-def test_training_and_checkpoints_are_the_same(tmp_path):
-    """Two steps, a checkpoint continued on another layout with and without offload, two more."""
-    config = config_of("adamw", learning_rate=1e-2, offload=True)
-    plain = config_of("adamw", learning_rate=1e-2)
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+def test_steps_are_the_same():
+    """The whole step: losses of a decoder, and where its state is before and after."""
 
-    def run(config, first, last, **mesh):
-        with layout(zero=3, dropout=0.0, layers=2, **mesh) as laid:
+    def run(offload):
+        config = config_of("adamw", learning_rate=1e-2, offload=offload)
+        with layout(zero=3, dropout=0.0, layers=2, **MESH) as laid:
             optimizer = make_optimizer(config, 10, laid.model.axes)
-            schedule = make_schedule(config, 10)
-            step = make_step(laid.model, optimizer, schedule, FLOAT32, seed=0)
+            step = make_step(laid.model, optimizer, make_schedule(config, 10), FLOAT32, seed=0)
             step = jax.jit(step, donate_argnums=0)
-            if first:
-                abstract = abstract_state(laid.model, optimizer, FLOAT32, laid.mesh)
-                _, state = checkpoints.restore(first, abstract)
-            else:
-                state = create_state(laid.model, optimizer, FLOAT32, 0, laid.mesh)
-            where, losses = kinds(state), []
-            assert (where.get("pinned_host", 0) > 0) == config.offload
-            for i in range(first, last):
+            state = create_state(laid.model, optimizer, FLOAT32, 0, laid.mesh)
+            wanted = abstract_state(laid.model, optimizer, FLOAT32, laid.mesh)
+            losses = []
+            for i in range(3):
+                assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, wanted)
                 state, metrics = step(state, laid.batch(i))
                 losses.append(float(metrics["loss"]))
-            assert kinds(state) == where
-            if not first and config.offload:
-                checkpoints.save(last, state, {})
-                checkpoints.wait()
             return losses
 
-    want = run(plain, 0, 4, **MESH)
-    assert run(config, 0, 2, **MESH) == want[:2]
-    assert run(config, 2, 4, **MESH) == want[2:]
-    assert run(plain, 2, 4, **MESH) == want[2:]
-    # fp32 sums in another order, as in test_layouts.py
-    np.testing.assert_allclose(run(config, 2, 4, fsdp=2), want[2:], rtol=1e-5)
+    # The same arithmetic, in programs that XLA divides into fusions differently.
+    np.testing.assert_allclose(run(True), run(False), rtol=1e-6)
 
 
 COMPILE = """
@@ -164,9 +178,9 @@ job = read_experiment(config, target.device_count).job()
 print(json.dumps(compile_step(job, target).sizes()))
 """
 # Dims that a TPU need not pad to tiles of 8 x 128 numbers, or it would count more bytes.
-L8, D8, T8 = 8, 1024, 128
+L8, D8, B8, T8 = 8, 1024, 64, 128
 SMALL = [
-    *("mesh.data=1", "mesh.fsdp=8", "data.batch_size=8", f"data.sequence_length={T8}"),
+    *("mesh.data=1", "mesh.fsdp=8", f"data.batch_size={B8}", f"data.sequence_length={T8}"),
     *("model.heads=8", "model.kv_heads=8", "model.head_dim=128", f"model.layers={L8}"),
     *(f"model.embed_dim={D8}", f"model.mlp_dim={D8}"),
 ]
@@ -214,5 +228,5 @@ def test_bytes_leave_the_device(name):
     saved = compiled(target, policy[0], f"{policy[1]},mlp_act")
     offloaded = compiled(target, *policy, "remat.offload=mlp_act")
     assert saved["host_bytes"] == 0
-    assert offloaded["host_bytes"] == L8 * T8 * D8 * 4  # [layers, a row, sequence, ffn], float32
+    assert offloaded["host_bytes"] == L8 * (B8 // 8) * T8 * D8 * 4  # [layers, rows, T, F], float32
     assert offloaded["total_bytes"] < saved["total_bytes"]
