@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from memory.hlo_shapes import Shape, parse_shape
@@ -122,6 +122,7 @@ class Module:
     entry: Computation
     aliases: dict[tuple[int, ...], tuple[int, tuple[int, ...]]]
     frames: dict[int, list[Frame]]
+    inlined: dict[str, Computation] = field(default_factory=dict, repr=False)
 
     def stack(self, instruction: Instruction) -> list[Frame]:
         """The Python frames of an instruction, innermost first; [] where none was kept."""
@@ -130,10 +131,39 @@ class Module:
         return [instruction.frame] if instruction.frame else []
 
     def inside(self, instruction: Instruction) -> Computation | None:
-        """The computation of a fusion, a call or an async start."""
+        """The computation of a fusion, a call or an async start; fusions in a fusion inlined."""
         roles = instruction.called()
         name = roles.get("calls") or roles.get("to_apply")
-        return self.computations[name] if name else None
+        if name is None or instruction.opcode != "fusion":
+            return self.computations[name] if name else None
+        if name not in self.inlined:
+            self.inlined[name] = self._inline(self.computations[name])
+        return self.inlined[name]
+
+    def _inline(self, fused: Computation) -> Computation:
+        if all(i.opcode != "fusion" for i in fused):
+            return fused
+        flat = Computation(fused.name, parameters=fused.parameters)
+        renamed: dict[str, str] = {}
+
+        def add(i: Instruction, name: str, names: dict[str, str]) -> None:
+            operands = tuple(names.get(operand, operand) for operand in i.operands)
+            flat.instructions[name] = replace(i, name=name, operands=operands)
+
+        for i in fused:
+            inner = self.inside(i) if i.opcode == "fusion" else None
+            if inner is None:
+                add(i, i.name, renamed)
+                continue
+            names = {part.name: f"{i.name}/{part.name}" for part in inner}
+            for parameter, operand in zip(inner.parameters, i.operands, strict=True):
+                names[parameter.name] = renamed.get(operand, operand)
+            for part in inner:
+                if part.opcode != "parameter":
+                    add(part, names[part.name], names)
+            renamed[i.name] = names[inner.root.name]
+        flat.root = flat.instructions[renamed.get(fused.root.name, fused.root.name)]
+        return flat
 
 
 def parse(text: str) -> Module:

@@ -79,9 +79,9 @@ def over_dying_operand(module: Module, where: Computation, i: Instruction) -> Pa
 
 
 def fusion_results(fused: Computation) -> list[Instruction]:
-    """The instructions that give a fusion's results."""
-    root = fused.root
-    return fused.operands(root) if root.opcode == "tuple" else [root]
+    """The instructions that give the arrays of a fusion's result, one for each."""
+    parts = fused.operands(fused.root) if fused.root.opcode == "tuple" else [fused.root]
+    return [part for part in parts for _ in part.shape.leaves]
 
 
 def updated_slice(fused: Computation, result: Instruction) -> Instruction | None:
