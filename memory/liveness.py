@@ -1,7 +1,8 @@
 """Which buffers are alive at the peak of a compiled program, and what each of them is.
 
-From the text of the program alone (`memory/replay.py` follows its order). Packing is not followed:
-a heap is larger than what lives in it where the holes do not fit, on TPUs by 12% seen.
+From the text of the program alone, whose order `memory/replay.py` follows. The peak is that of what
+is alive: in two programs for GPUs XLA's temporaries are within 0.1% of it, in two for TPUs 2% and
+12% more. (In the latter it equals XLA's own `peak_memory_in_bytes` less the arguments.)
 """
 
 from __future__ import annotations

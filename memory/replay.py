@@ -164,6 +164,7 @@ class Replay:
         i: Instruction,
         operands: list[list[Value]],
     ) -> list[Value]:
+        """Replays the branches of a conditional one after the other; they share their results."""
         ends = []
         for computation, operand in zip(computations, operands, strict=True):
             ends.append(
