@@ -137,7 +137,7 @@ def temporaries_refused(message: str) -> int | None:
     return int(float(found[1]) * UNITS[found[2]]) if found else None
 
 
-def argument_bytes(lowered: jax.stages.Lowered, space: jax.memory.Space) -> int:
+def argument_bytes(lowered: jax.stages.Lowered, space: Any) -> int:
     """Bytes of a step's arguments in one memory, per device; donated state is written in place."""
     total = 0
     for info in jax.tree.leaves(lowered.args_info):

@@ -68,7 +68,8 @@ def feed_forward_weights(config: DecoderConfig) -> list[Weight]:
 
 def feed_forward_residuals(config: DecoderConfig) -> list[Activation]:
     """What its backward pass keeps without rematerialisation: inputs of the products, and of the
-    nonlinearity whatever its derivative asks for."""
+    nonlinearity whatever its derivative asks for.
+    """
     mlp = "batch seq act_mlp"
     inner = ACTIVATION_RESIDUALS[config.activation] + (2 if config.gated else 0)
     return [

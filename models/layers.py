@@ -108,7 +108,8 @@ def norm_weights(dim: int, kind: str, axes: str = "norm") -> list[Weight]:
 
 def norm_residuals(dims: str) -> list[Activation]:
     """What the backward pass of one `Norm` keeps: its input and its result before the gain, in
-    float32, and the two factors of its root."""
+    float32, and the two factors of its root.
+    """
     root = " ".join(dims.split()[:-1])
     wide, narrow = Activation("norm", dims, "float32"), Activation("norm root", root, "float32")
     return [wide, wide, narrow, narrow]
