@@ -1,0 +1,149 @@
+"""The closed form against what it describes: weights and state to the byte, cells as published."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import pytest
+
+from config_border import load_config, override
+from experiment import read_experiment
+from memory.plan import remedies, together
+from memory.predict import predict
+from models.decoder import decoder_weights
+from parallel.footprint import tiled_size
+from parallel.mesh import make_mesh
+from parallel.targets import cpu_target, parse_target
+from training.optim import make_optimizer
+from training.state import abstract_params, abstract_state
+
+ROOT = Path(__file__).parent.parent.parent
+SHAPES = ("tiny", "gpt2_124m", "qwen3_0_6b", "gemma3_1b", "llama3_8b", "llama3_70b")
+
+
+def experiment(shape="tiny", devices=8, **values):
+    flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
+    return read_experiment(override(load_config(str(ROOT / f"configs/{shape}.py")), flags), devices)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layers_declare_the_weights_that_they_make(shape):
+    chosen = experiment(shape, data__batch_size=64)
+    with jax.set_mesh(make_mesh(chosen.mesh)):
+        model = chosen.build_model()
+        arrays = abstract_params(model, chosen.precision)
+    made = Counter(
+        (array.shape, axes)
+        for array, axes in zip(jax.tree.leaves(arrays), jax.tree.leaves(model.axes), strict=True)
+    )
+    block, outside = decoder_weights(chosen.model)
+    declared = Counter(
+        (weight.shape, weight.axes)
+        for weight in [weight.stacked(chosen.model.layers) for weight in block] + outside
+    )
+    assert declared == made
+
+
+LAYOUTS = {
+    "data": dict(mesh__data=8),
+    "fsdp": dict(mesh__data=1, mesh__fsdp=8),
+    "zero 1": dict(mesh__data=2, mesh__fsdp=4, parallel__zero=1),
+    "zero 2, tensor": dict(mesh__data=1, mesh__fsdp=4, mesh__tensor=2, parallel__zero=2),
+    "tensor": dict(mesh__data=1, mesh__tensor=8, parallel__sequence=True),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "muon", "sgd"])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [("tiny", layout) for layout in LAYOUTS]
+    + [("gpt2_124m", layout) for layout in LAYOUTS if layout != "tensor"],  # 12 heads
+)
+def test_state_and_batch_are_predicted_to_the_byte(shape, layout, optimizer):
+    values = LAYOUTS[layout] | {"optimizer__name": optimizer, "data__batch_size": 64}
+    chosen = experiment(shape, **values)
+    mesh = make_mesh(chosen.mesh)
+    with jax.set_mesh(mesh):
+        model = chosen.build_model()
+        transform = make_optimizer(chosen.optimizer, 10, model.axes)
+        state = abstract_state(model, transform, chosen.precision, mesh)
+    held = sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+        for a in jax.tree.leaves(state)
+    )
+    job = chosen.job()
+    batch = 4 * 4 * 64 * job.sequence_length // job.rules.parts("batch")
+    scalars = held + batch - predict(job, cpu_target(8).chip).arguments
+    assert 0 <= scalars <= 64  # counters and the loss scale, which are not predicted
+
+
+def test_remat_and_micro_steps_move_the_saved_bytes_as_they_say():
+    chip = cpu_target(8).chip
+
+    def saved(**values):
+        components = predict(experiment(data__batch_size=64, **values).job(), chip).components
+        return sum(size for name, size in components.items() if name.startswith("saved"))
+
+    everything, nothing = saved(remat__policy="none"), saved(remat__policy="full")
+    assert nothing < saved(remat__policy="dots") < everything
+    assert saved(remat__policy="none", train__grad_accumulation=4) == everything / 4
+    half = saved(remat__policy="none", precision__compute="bfloat16")
+    assert half < everything  # norms stay in float32
+
+
+def test_tiles_waste_least():
+    assert tiled_size((12, 64)) == 16 * 128  # both dims are padded, whichever way
+    assert tiled_size((192, 6, 64)) == 64 * 6 * 256  # 192 as the minor dim, 64 below it
+    assert tiled_size((5,)) == 5
+    assert tiled_size((32, 128, 256), stacked=1) == 32 * 128 * 256
+
+
+def published():
+    """benchmarks/memory_accuracy.py as a module, and the cells of its table."""
+    path = ROOT / "benchmarks" / "memory_accuracy.py"
+    spec = importlib.util.spec_from_file_location("memory_accuracy", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, module.read_cells(ROOT / "docs/memory-accuracy/cells.jsonl")
+
+
+def test_the_published_accuracy_is_what_the_code_reaches():
+    """A change that makes predictions worse fails here; one that betters them updates the table."""
+    module, cells = published()
+    now = module.summary(module.errors(cells))
+    said = json.loads((ROOT / "docs/memory-accuracy/summary.json").read_text())
+    assert now["cells"] == said["cells"] >= 120
+    assert now["mostly_temporaries"] >= now["cells"] / 2
+    assert now["wrongly_fits"] == 0
+    for key in ("total_median", "total_p95", "temporaries_median"):
+        assert now[key] <= said[key] + 0.05, key  # per cent; the last digit of a table
+        assert now[key] >= said[key] - 0.05, f"{key}: better; write the table again"
+
+
+def test_what_does_not_fit_is_told_what_would():
+    target = parse_target("gpu:h100:1x8")
+    big = experiment("llama3_8b", data__batch_size=64)
+
+    def change(overrides):
+        values = {key.removeprefix("config."): value for key, value in overrides.items()}
+        return experiment("llama3_8b", data__batch_size=64, **values).job()
+
+    job, limit = big.job(), target.chip.memory
+    assert predict(job, target.chip).total_bytes > limit
+    found = remedies(job, target, limit, change)
+    assert found[0].fits
+    assert [r.fits for r in found] == sorted((r.fits for r in found), reverse=True)
+    for remedy in found:
+        after = predict(change(remedy.overrides), target.chip).total_bytes
+        assert after == predict(job, target.chip).total_bytes - remedy.saves
+    all_of_it = together(job, target, 8 * 2**30, change)
+    assert all_of_it is not None
+    assert predict(change(all_of_it.overrides), target.chip).total_bytes <= 8 * 2**30
