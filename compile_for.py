@@ -22,8 +22,9 @@ from typing import Any
 from parallel.targets import Target, parse_target
 
 ROOT = Path(__file__).parent
-SOURCES = ("parallel/*.py", "models/*.py", "training/*.py", "memory/job.py", "memory/compiled.py")
+SOURCES = ("parallel/*.py", "models/*.py", "training/*.py", "memory/*.py", "compile_for.py")
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax", "nvidia-cudnn-cu12")
+LARGEST = 40  # buffers that are named
 # What cannot change the program.
 IRRELEVANT = ("checkpoint", "eval", "logging")
 
@@ -33,7 +34,7 @@ def compile_for(config: dict[str, Any], target: Target, *, timeout: float = 1800
 
     Returns:
       {"status": "ok" | "does not fit" | "failed", "error": None or one line, and where it compiled
-      the sizes of `memory.compiled.Compiled` and the counts of `memory.report_compiled`}.
+      the sizes of `memory.compiled.Compiled` and what `counted` says}.
 
     Raises:
       ValueError: the target's compiler is not installed.
@@ -100,7 +101,38 @@ def main() -> None:
     job = read_experiment(complete(request["config"]), target.device_count).job()
     compiled = compile_step(job, target)
     status = "does not fit" if compiled.out_of_memory else "ok"
-    print(json.dumps({"status": status} | compiled.sizes()))
+    counts = {} if compiled.out_of_memory else counted(compiled, job.sizes)
+    print(json.dumps({"status": status} | compiled.sizes() | counts))
+
+
+def counted(compiled: Any, axes: dict[str, int]) -> dict[str, Any]:
+    """What the program's text says: components and buffers at the peak, FLOPs, collectives."""
+    from memory.hlo import parse
+    from memory.hlo_costs import count
+    from memory.liveness import live_at_peak
+
+    module = parse(compiled.text)
+    counts, live = count(module, axes), live_at_peak(module)
+    # What the compiler keeps beyond what lives: gaps between buffers, and what outlives its use.
+    packing = compiled.temporaries - live.peak_bytes
+    state = {"state and batch": compiled.arguments}
+    return {
+        "components": state | live.by_component | {"packing": packing},
+        "named_fraction": live.named_fraction,
+        "buffers": [
+            {
+                "bytes": buffer.bytes,
+                "shape": str(buffer.shape),
+                "component": buffer.component,
+                "source": buffer.source,
+            }
+            for buffer in live.buffers[:LARGEST]
+        ],
+        "timeline": live.timeline,
+        "flops": counts.flops,
+        "bytes_moved": counts.bytes_moved,
+        "collectives": [vars(collective) for collective in counts.collectives],
+    }
 
 
 if __name__ == "__main__":

@@ -157,11 +157,14 @@ def ranked(rows: Iterable[Row]) -> list[Row]:
     )
 
 
+NOT_KEPT = ("status", "error", "buffers", "timeline")  # of a compiled answer, in a row
+
+
 def with_compiled(row: Row, answer: dict[str, Any]) -> Row:
     """The row with what `compile_for` answered; whether it fits is the compiler's word now."""
     if answer["status"] == "failed":
         return row | {"fits": False, "status": "failed", "error": answer["error"]}
-    grade = {name: value for name, value in answer.items() if name not in ("status", "error")}
+    grade = {name: value for name, value in answer.items() if name not in NOT_KEPT}
     fits = answer["status"] == "ok" and grade["total_bytes"] <= row["limit_bytes"]
     status = "ok" if fits else "does not fit"
     return row | {"compiled": grade, "fits": fits, "status": status, "error": answer.get("error")}
