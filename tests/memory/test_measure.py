@@ -251,7 +251,7 @@ def test_a_leak_in_train_is_named_within_twenty_steps(what, tmp_path):
     else:
         source = (ROOT / "train.py").read_text().splitlines()
         line = next(n for n, text in enumerate(source, 1) if "](state, batch)" in text)
-        assert f" train.py:{line} (main.<locals>.run_step)" in warning
+        assert f" train.py:{line} (train.<locals>.run_step)" in warning
 
 
 @pytest.mark.slow
