@@ -17,9 +17,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.targets import Target, parse_target
+
+if TYPE_CHECKING:
+    from memory.compiled import Compiled
+    from memory.job import Job
 
 ROOT = Path(__file__).parent
 SOURCES = ("parallel/*.py", "models/*.py", "training/*.py", "memory/*.py", "compile_for.py")
@@ -101,18 +105,19 @@ def main() -> None:
     job = read_experiment(complete(request["config"]), target.device_count).job()
     compiled = compile_step(job, target)
     status = "does not fit" if compiled.out_of_memory else "ok"
-    counts = {} if compiled.out_of_memory else counted(compiled, job.sizes)
+    counts = {} if compiled.out_of_memory else counted(compiled, job, target)
     print(json.dumps({"status": status} | compiled.sizes() | counts))
 
 
-def counted(compiled: Any, axes: dict[str, int]) -> dict[str, Any]:
-    """What the program's text says: components and buffers at the peak, FLOPs, collectives."""
+def counted(compiled: Compiled, job: Job, target: Target) -> dict[str, Any]:
+    """What the program's text says: components and buffers at the peak, costs, and the roofline."""
     from memory.hlo import parse
     from memory.hlo_costs import count
     from memory.liveness import live_at_peak
+    from memory.roofline import counted_time
 
     module = parse(compiled.text)
-    counts, live = count(module, axes), live_at_peak(module)
+    counts, live = count(module, job.sizes), live_at_peak(module)
     # What the compiler keeps beyond what lives: gaps between buffers, and what outlives its use.
     packing = compiled.temporaries - live.peak_bytes
     state = {"state and batch": compiled.arguments}
@@ -132,7 +137,7 @@ def counted(compiled: Any, axes: dict[str, int]) -> dict[str, Any]:
         "flops": counts.flops,
         "bytes_moved": counts.bytes_moved,
         "collectives": [vars(collective) for collective in counts.collectives],
-    }
+    } | counted_time(job, target, counts).grade()
 
 
 if __name__ == "__main__":

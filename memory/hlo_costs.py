@@ -29,6 +29,7 @@ class Counts:
 
     flops: float
     bytes_moved: float
+    streamed_bytes: float
     collectives: list[Collective]
 
 
@@ -50,7 +51,7 @@ def _of(
     module: Module, where: Computation, axes: Mapping[str, int], times: int, loop: str | None
 ) -> Counts:
     """Costs of a computation that runs `times` times in a step, inside `loop`."""
-    total_flops = total_bytes = 0.0
+    total_flops = total_bytes = streamed = 0.0
     collectives: list[Collective] = []
     for i in where:
         inner = [
@@ -62,24 +63,24 @@ def _of(
         for counts in inner:
             total_flops += counts.flops
             total_bytes += counts.bytes_moved
+            streamed += counts.streamed_bytes
             collectives += counts.collectives
-        if i.opcode != "fusion":
-            total_flops += times * flops(where, i)
-            total_bytes += times * bytes_moved(module, where, i)
-            found = read_collective(where, i, axes, times, loop)
-            collectives += [found] if found else []
-            continue
-        total_bytes += times * bytes_moved(module, where, i)
-        fused = module.inside(i)
-        assert fused is not None
+        moved = times * bytes_moved(module, where, i)
+        fused = module.inside(i) if i.opcode == "fusion" else None
+        products = sum(flops(fused, part) for part in fused) if fused else flops(where, i)
         # A TPU spreads one collective over a chain of fusions: one starts it, others repeat it.
-        starts = any("AsyncCollectiveStart" in part.attributes for part in fused)
-        for part in fused:
-            total_flops += times * flops(fused, part)
-            found = read_collective(fused, part, axes, times, loop)
-            if found and (starts or "chain_id" not in part.attributes):
-                collectives.append(found)
-    return Counts(total_flops, total_bytes, collectives)
+        starts = fused is not None and any("AsyncCollectiveStart" in p.attributes for p in fused)
+        found = [
+            collective
+            for part in fused or (i,)
+            if (collective := read_collective(fused or where, part, axes, times, loop))
+            and (fused is None or starts or "chain_id" not in part.attributes)
+        ]
+        collectives += found
+        total_flops += times * products
+        total_bytes += moved
+        streamed += 0.0 if products or found else moved
+    return Counts(total_flops, total_bytes, streamed, collectives)
 
 
 def _run_by(

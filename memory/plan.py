@@ -53,15 +53,7 @@ def predicted(prediction: Prediction, time: StepTime) -> dict[str, Any]:
         "host_bytes": prediction.host_bytes,
         "components": prediction.components,
         "phases": prediction.phases,
-        "seconds": time.seconds,
-        "mfu": time.mfu,
-        "compute_seconds": time.compute_seconds,
-        "memory_seconds": time.memory_seconds,
-        "communication_seconds": time.communication_seconds,
-        "exposed_seconds": time.exposed_seconds,
-        "host_seconds": time.host_seconds,
-        "bubble_seconds": time.bubble_seconds,
-    }
+    } | time.grade()
 
 
 def plan(

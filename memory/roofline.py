@@ -1,4 +1,6 @@
-"""How long a step takes at best: arithmetic, memory traffic and links, in closed form.
+"""How long a step takes at best: arithmetic, memory traffic and links.
+
+`step_time` says it in closed form, `counted_time` from what a compiled program does.
 
 A roofline (Williams et al. 2009, https://doi.org/10.1145/1498765.1498785) for each kind of work.
 Matrix products run at a share of the chip's peak; what is no product streams through memory, one
@@ -12,8 +14,10 @@ of n moves (n - 1) / n of the whole for a gather or a scatter, twice that for bo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from memory.constants import CONSTANTS
+from memory.hlo_costs import Counts
 from memory.job import Job
 from memory.predict import Terms
 from models.block import block_residuals
@@ -78,34 +82,73 @@ class StepTime:
             + self.bubble_seconds
         )
 
+    def grade(self) -> dict[str, Any]:
+        """As plain data, for a grade of a row."""
+        return {"seconds": self.seconds} | vars(self)
+
 
 def step_time(job: Job, target: Target) -> StepTime:
     """The roofline of one step of `job` on `target`."""
     ceilings, chip = CEILINGS[target.chip.kind], target.chip
     terms = Terms(job, chip, CONSTANTS[chip.kind])
-    model_flops = flops_per_token(job.model, job.sequence_length) * job.tokens * job.micro_steps
-    model_flops /= job.rules.parts("act_mlp")
     peak = chip.flops(job.precision.compute)
-    compute = model_flops * (1 + recomputed(job)) / (peak * ceilings.matrix)
-    memory = streamed_bytes(job, terms) / (chip.memory_bandwidth * ceilings.stream)
-    communication = {
-        axis: seconds / ceilings.link
-        for axis, seconds in communication_seconds(job, terms, target).items()
-        if seconds
-    }
+    return _together(
+        job,
+        target,
+        compute=model_flops(job) * (1 + recomputed(job)) / (peak * ceilings.matrix),
+        memory=streamed_bytes(job, terms) / (chip.memory_bandwidth * ceilings.stream),
+        links=communication_seconds(job, terms, target),
+        host=_host_seconds(job, terms, target),
+    )
+
+
+def counted_time(job: Job, target: Target, counts: Counts) -> StepTime:
+    """The same roofline of the work that the compiled step of `job` holds.
+
+    What is moved to the host is as predicted: the program's copies do not say what waits for them.
+    """
+    ceilings, chip = CEILINGS[target.chip.kind], target.chip
+    peak = chip.flops(job.precision.compute)
+    links: dict[str, float] = {}
+    for c in counts.collectives:
+        rounds = {"all-reduce": 2.0, "collective-permute": c.group / (c.group - 1)}.get(c.kind, 1.0)
+        moved = c.bytes * c.count * rounds * (c.group - 1) / c.group
+        seconds = moved / target.bandwidth(job.sizes, tuple(c.axis.split("+")))
+        links[c.axis] = links.get(c.axis, 0.0) + seconds
+    return _together(
+        job,
+        target,
+        compute=counts.flops / (peak * ceilings.matrix),
+        memory=counts.streamed_bytes / (chip.memory_bandwidth * ceilings.stream),
+        links=links,
+        host=_host_seconds(job, Terms(job, chip, CONSTANTS[chip.kind]), target),
+    )
+
+
+def _together(
+    job: Job, target: Target, *, compute: float, memory: float, links: dict[str, float], host: float
+) -> StepTime:
+    """The step time of work whose parts take so many seconds; `links` at their full rate."""
+    ceilings = CEILINGS[target.chip.kind]
+    communication = {axis: seconds / ceilings.link for axis, seconds in links.items() if seconds}
     hidden = compute + memory if ceilings.overlap else 0.0
     exposed = {}
     for axis, seconds in communication.items():
-        if axis == "tensor":
+        if "tensor" in axis.split("+"):
             exposed[axis] = seconds
         else:
             exposed[axis] = max(0.0, seconds - hidden)
             hidden = max(0.0, hidden - seconds)
-    host = _host_seconds(job, terms, target)
-    time = StepTime(compute, memory, communication, exposed, host, 0.0, 0.0)
-    return StepTime(
-        compute, memory, communication, exposed, host, 0.0, model_flops / (peak * time.seconds)
-    )
+    whole = compute + memory + sum(exposed.values()) + host
+    mfu = model_flops(job) / (target.chip.flops(job.precision.compute) * whole)
+    return StepTime(compute, memory, communication, exposed, host, 0.0, mfu)
+
+
+def model_flops(job: Job) -> float:
+    """FLOPs of the model on one device in a step, none of them repeated."""
+    tokens = job.tokens * job.micro_steps
+    whole = flops_per_token(job.model, job.sequence_length) * tokens
+    return whole / job.rules.parts("act_mlp")
 
 
 def recomputed(job: Job) -> float:
@@ -135,10 +178,10 @@ def recomputed(job: Job) -> float:
 def streamed_bytes(job: Job, terms: Terms) -> float:
     """Bytes that what is no matrix product reads and writes on one device in a step."""
     layer = terms.bytes_of(block_residuals(job.model, terms.form))
-    # Every tensor of a layer is written and read in the forward pass, twice as much in backward,
-    # and once more each where the forward pass is repeated.
-    passes = 6 if job.remat.policy == "none" else 8
-    layers = passes / 2 * layer * job.model.layers
+    # How often each tensor of a layer crosses, counted in compiled programs for H100: what all
+    # layers keep is copied into one array and out of it, what is repeated is not.
+    passes = 7 if job.remat.policy == "none" else 5.5
+    layers = passes * layer * job.model.layers
     columns = job.model.padded_vocab // job.rules.parts("act_vocab")
     logits = 6 * 4 * job.tokens * columns
     moments = sum(sum(parts) for parts in terms.moments.values())
@@ -157,11 +200,14 @@ def communication_seconds(job: Job, terms: Terms, target: Target) -> dict[str, f
             moved = whole * (n - 1) / n * rounds
             seconds[axis] = seconds.get(axis, 0.0) + moved / target.bandwidth(sizes, (axis,))
 
-    # Two all-reduces a layer each way (or a gather and a scatter in place of each), and those of
-    # the forward pass again where it is repeated as far as the first product.
-    passes = 8 if job.remat.policy in ("none", "dots", "attention") else 10
+    # Two all-reduces a layer each way, or a gather and a scatter in place of each. Where the
+    # forward pass is repeated: the one inside the layer; with a divided sequence the gathers
+    # before products, too, be their outputs saved or not.
+    policy, sequence = job.remat.policy, job.parallel.sequence
+    again = 0 if policy == "none" else 2 if policy in ("dots", "attention") else 3
+    passes = 8 + (again if sequence else 2 * (again == 3))
     add("tensor", terms.narrow * job.model.layers, passes * micro)
-    add("tensor", terms.narrow, 4 * micro)  # embedding and loss head
+    add("tensor", terms.narrow, (6 if sequence else 4) * micro)  # embedding and loss head
 
     stacked, outside = terms.weights
     whole = (terms.laid_out(stacked + outside, "gathered")) * terms.item

@@ -20,8 +20,8 @@ Overrides = dict[str, Any]
 # A layout is given up uncompiled where its prediction is over the budget by more than this share:
 # no cell of docs/memory-accuracy/ is as far off.
 MEMORY_ERROR = 0.10
-# A roofline of compiled programs differs from the predicted one by at most this share of it.
-TIME_ERROR = 0.05
+# Layouts whose predicted times are closer than this share are ties: compiled programs decide.
+TIES = 0.02
 
 
 def layouts(
@@ -178,13 +178,13 @@ def search(
     most: int,
     width: int = 1,
     memory_error: float = MEMORY_ERROR,
-    time_error: float = TIME_ERROR,
+    ties: float = TIES,
 ) -> list[Row]:
     """The fastest layout that fits the budget, first, and all others that were compiled.
 
-    In the order of predicted time, rows are compiled until none that is left can beat the best
-    that fits. So that something fits in the end, the last compilation is spent on a row that is
-    predicted to fit well, if none has yet.
+    In the order of predicted time, rows are compiled until one fits, and then those that are as
+    fast by prediction: of ties, the compiled program's roofline decides. So that something fits in
+    the end, the last compilation is spent on a row that is predicted to fit well, if none has yet.
 
     Args:
       rows: predicted.
@@ -193,7 +193,7 @@ def search(
       most: compilations.
       width: rows to compile at once.
       memory_error: rows predicted to be over the budget by more than this share are left out.
-      time_error: how much faster than predicted, as a share, a compiled row may be.
+      ties: predicted times closer than this share are equal.
 
     Raises:
       ValueError: nothing fits; says the least that would.
@@ -204,7 +204,7 @@ def search(
     tried: list[Row] = []
     while waiting and len(tried) < most:
         best = best_of(tried)
-        batch = [row for row in waiting[:width] if best is None or _can_beat(row, best, time_error)]
+        batch = [row for row in waiting[:width] if best is None or _ties(row, tried, ties)]
         batch = batch[: most - len(tried)]
         if not batch:
             break
@@ -266,10 +266,9 @@ def why(row: Row) -> str:
     return f"MFU {grade['mfu']:.0%}: {', '.join(shares)}"
 
 
-def _can_beat(row: Row, best: Row, time_error: float) -> bool:
-    # What has only a predicted time is compared with predicted times, which are in order.
-    error = time_error if "seconds" in best["compiled"] else 0.0
-    return float(row["predicted"]["seconds"]) * (1 - error) < seconds(best)
+def _ties(row: Row, tried: list[Row], ties: float) -> bool:
+    first = min(float(one["predicted"]["seconds"]) for one in tried if one["fits"])
+    return float(row["predicted"]["seconds"]) <= first * (1 + ties)
 
 
 def _safest(rows: Sequence[Row], limit: float) -> Row:

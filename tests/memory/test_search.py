@@ -44,7 +44,7 @@ class Table:
             bytes_ = int(2500 / seconds * rng.uniform(0.5, 1.5))
             answer = {"total_bytes": bytes_}
             if timed:
-                answer["seconds"] = seconds * (1 - rng.uniform(-1, 1) * search.TIME_ERROR)
+                answer["seconds"] = seconds * (1 - rng.uniform(-1, 1) * search.TIES / 2)
             self.truth[f"layout {i}"] = answer
             off = 1 + rng.uniform(-MEMORY_ERROR, MEMORY_ERROR)
             self.rows.append(row(f"layout {i}", int(bytes_ * off), seconds))
