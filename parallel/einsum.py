@@ -17,6 +17,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from parallel.contract import contract, contract_partial, gathered, reduce_partial
+from parallel.gather import gather
 from parallel.rules import FSDP
 from parallel.zero import Twin
 
@@ -76,7 +77,7 @@ def _products(
 def _forward(
     static: _Static, x: jax.Array, weights: list[jax.Array], differentiated: list[jax.Array]
 ) -> tuple[list[jax.Array], tuple[jax.Array, list[jax.Array]]]:
-    x = jax.reshard(x, static.inside)
+    x = gather(x, static.inside)
     products = [
         contract(static.equation, x, gathered(w, FSDP), out)
         for w, out in zip(weights, static.outs, strict=True)

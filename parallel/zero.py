@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-from parallel.mesh import platform
+from parallel.gather import gather
 from parallel.rules import Rules
 
 Tree = Any
@@ -80,28 +79,15 @@ def for_model(
     """
     cast = jax.tree.map(lambda p: p.astype(dtype), params)
 
-    gathers = rules.zero in (1, 2) and rules.size(("fsdp",)) > 1
+    lay_out = gather if rules.zero == 2 else jax.reshard
 
-    def lay_out(array: jax.Array, names: str) -> jax.Array:
-        laid_out = jax.reshard(array, rules.in_model(names, array.shape))
-        return _row_major(laid_out) if gathers else laid_out
+    def laid_out(array: jax.Array, names: str) -> jax.Array:
+        return lay_out(array, rules.in_model(names, array.shape))
 
-    copy = jax.tree.map(lay_out, cast, axes)
+    copy = jax.tree.map(laid_out, cast, axes)
     if rules.zero == 2:
         return cast, lambda leaves: jax.tree.map(Twin, copy, leaves)
     return copy, lambda leaves: leaves
-
-
-def _row_major(array: jax.Array) -> jax.Array:
-    """The array in the order of its dims in memory, on GPU.
-
-    XLA gathers with the divided dim outermost and keeps that form beside the one that the layers'
-    loops read, because it takes the first iteration out of the backward loop, which reads either:
-    for Llama 3 8B on 8 H100 at level 2 7 of 49 GiB.
-    """
-    if platform() != "gpu":
-        return array
-    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 def zeros_like_gradients(params: Tree, axes: Tree, rules: Rules, dtype: str) -> Tree:
