@@ -12,6 +12,7 @@ on the devices that are here.
 from __future__ import annotations
 
 from json import dumps
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,21 @@ def main(
     from config_border import with_values
     from config_types import plain
     from experiment import read_experiment
-    from memory.plan import GIB, plan, remedies, together
+    from memory.plan import GIB, budget_for, plan, remedies, together
     from memory.plan_text import describe
     from parallel.targets import parse_target
 
     aim = parse_target(target)
-    if budget_gib is not None and budget_gib <= 0:
+    if budget_gib is not None and not (isfinite(budget_gib) and budget_gib > 0):
         raise ValueError(f"--budget_gib={budget_gib}: GiB per device, above 0")
     limit = aim.chip.memory if budget_gib is None else int(budget_gib * GIB)
+    for flag, file in (("json", json), ("html", html)):
+        if file is not None and file.is_dir():
+            raise ValueError(f"--{flag}={file}: a folder; give a file")
+    if compile:
+        aim.check_compiler()
+    if measure:
+        check_here(aim)
     experiment = read_experiment(config, aim.device_count)
     job = experiment.job()
 
@@ -56,51 +64,68 @@ def main(
             row["fits"] = answer["status"] == "ok" and answer["total_bytes"] <= limit
             row["status"] = "ok" if row["fits"] else "does not fit"
     if measure:
-        row["measured"] = measured(config, aim)
+        from memory.measured import measure_step
+
+        row["measured"] = measure_step(job)
 
     # --- What would help --------------------------------------------------------------------------
     def change(overrides: dict[str, Any]) -> Any:
         return read_experiment(with_values(config, overrides), aim.device_count).job()
 
-    row["remedies"], row["together"] = [], None
+    row["remedies"], row["together"], least = [], None, ""
     if not row["fits"]:
-        row["remedies"] = [str(r) for r in remedies(job, aim, limit, change)]
-        together_fit = together(job, aim, limit, change)
-        row["together"] = None if together_fit is None else str(together_fit)
+        # Where the compiler needs more than is predicted, so will what helps.
+        predicted = row["predicted"]["total_bytes"]
+        more = max(1.0, (row["compiled"] or {}).get("total_bytes", 0) / predicted)
+        row["remedies"] = [str(r) for r in remedies(job, aim, int(limit / more), change)]
+        most = together(job, aim, int(limit / more), change)
+        row["together"] = str(most) if most.fits else None
+        flags = " ".join(most.flags()) or "this config"
+        least = f"{budget_for((predicted - most.saves) * more)} GiB with {flags}"
 
     # --- Out --------------------------------------------------------------------------------------
     print(describe(row, job, aim))
     for note in experiment.without_effect(aim.chip.kind):
         print(f"note: {note}")
     if json:
-        write(json, dumps(row, indent=1) + "\n")
+        write("json", json, dumps(row, indent=1) + "\n")
     if html:
         from memory.report import plan_html
 
-        write(html, plan_html(row, timeline, buffers))
+        write("html", html, plan_html(row, timeline, buffers))
+    if row["status"] == "failed":
+        raise ValueError(f"--compile: the compiler of --target={target} failed: {row['error']}")
+    if not row["fits"] and not row["together"]:
+        raise ValueError(
+            f"--budget_gib={limit / GIB:.4g}: nothing that this planner knows fits; the least is "
+            f"{least}; take that, or more devices"
+        )
 
 
-def measured(config: Any, aim: Any) -> dict[str, Any]:
-    """The config's own step on the devices that are here."""
+def check_here(aim: Any) -> None:
+    """Raises ValueError where the devices that are here are not the target's."""
     import jax
 
-    from experiment import read_experiment
-    from memory.measured import measure_step
+    from parallel.chips import chip_of
 
     here = jax.devices()
-    if (here[0].platform, len(here)) != (aim.chip.kind, aim.device_count):
+    same = aim.chip.kind == "cpu" or chip_of(here[0].device_kind) == aim.chip
+    if not same or (here[0].platform, len(here)) != (aim.chip.kind, aim.device_count):
         raise ValueError(
             f"--measure: --target={aim.name} is not here: there are {len(here)} x "
             f"{here[0].device_kind}; leave --measure out"
             + (f", or set JAX_NUM_CPU_DEVICES={aim.device_count}" if aim.chip.kind == "cpu" else "")
         )
-    return measure_step(read_experiment(config, len(here)).job())
 
 
-def write(file: Path, text: str) -> None:
+def write(flag: str, file: Path, text: str) -> None:
     """Writes a file and its folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    except OSError as error:
+        why = f"--{flag}={file}: {error.strerror}; give a file that you may write"
+        raise ValueError(why) from error
     print(f"written: {file}")
 
 

@@ -10,6 +10,7 @@ A row is plain data, as `sweep.jsonl` and `plan.py --json` hold it:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -91,10 +92,14 @@ class Remedy:
     time: float
     fits: bool
 
+    def flags(self) -> list[str]:
+        """The change as a command line takes it."""
+        return [f"--{key}={_shown(value)}" for key, value in self.overrides.items()]
+
     def __str__(self) -> str:
-        change = " ".join(f"--{key}={_shown(value)}" for key, value in self.overrides.items())
+        change = " ".join(self.flags())
         end = "fits" if self.fits else "not enough alone"
-        return f"{change}: saves {self.saves / GIB:.2f} GiB, step time x {self.time:.2f}, {end}"
+        return f"{change}: saves {gib(self.saves)} GiB, step time x {self.time:.2f}, {end}"
 
 
 def candidates(job: Job, platform: str) -> Iterable[dict[str, Any]]:
@@ -163,8 +168,10 @@ def together(
     target: Target,
     limit_bytes: int,
     change: Callable[[dict[str, Any]], Job],
-) -> Remedy | None:
-    """Remedies added one by one, each time the one that saves most for its time, until it fits."""
+) -> Remedy:
+    """Remedies added one by one: the cheapest in time that is enough, or else the one that saves
+    most, until it fits or nothing saves more.
+    """
     before, seconds = predict(job, target.chip).total_bytes, step_time(job, target).seconds
     overrides: dict[str, Any] = {}
     now = job
@@ -172,12 +179,24 @@ def together(
         sofar = dict(overrides)
         steps = remedies(now, target, limit_bytes, lambda more, sofar=sofar: change(sofar | more))  # type: ignore[misc]
         if not steps:
-            return None
+            break
         best = min(steps, key=lambda r: (not r.fits, r.time if r.fits else -r.saves))
         overrides = overrides | best.overrides
         now = change(overrides)
     after = predict(now, target.chip).total_bytes
-    return Remedy(overrides, before - after, step_time(now, target).seconds / seconds, True)
+    time = step_time(now, target).seconds / seconds
+    return Remedy(overrides, before - after, time, after <= limit_bytes)
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, with two decimals, or two digits of what is small."""
+    return f"{size / GIB:.2f}" if size >= GIB / 10 else f"{size / GIB:.2g}"
+
+
+def budget_for(size: float) -> float:
+    """The budget in GiB that has room for `size` bytes: rounded up, so that it can be given."""
+    parts = 100 if size > GIB else 100_000
+    return math.ceil(size / GIB * parts) / parts
 
 
 def _shown(value: Any) -> str:

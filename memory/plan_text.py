@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from memory.job import Job
-from memory.plan import GIB, Row
+from memory.plan import GIB, Row, gib
 from parallel.targets import Target
 
 GRADES = ("predicted", "compiled", "measured")
+MIB = 2**20
 # Components smaller than this share of the total are one line.
 SMALL = 0.005
 
@@ -29,8 +30,6 @@ def describe(row: Row, job: Job, target: Target) -> str:
         lines += ["", "what would help, by itself:", *(f"  {line}" for line in row["remedies"])]
     if row.get("together"):
         lines += ["together, the least that fits:", f"  {row['together']}"]
-    elif not row["fits"] and not row.get("together"):
-        lines += ["nothing that this planner knows makes it fit: take more devices"]
     return "\n".join(lines)
 
 
@@ -39,11 +38,11 @@ def verdict(row: Row) -> str:
     grade = next(g for g in reversed(GRADES[:2]) if row[g] and row[g].get("total_bytes"))
     total, limit = row[grade]["total_bytes"], row["limit_bytes"]
     if row["fits"]:
-        return f"fits: {total / GIB:.2f} of {limit / GIB:.2f} GiB ({grade})"
+        return f"fits: {gib(total)} of {gib(limit)} GiB ({grade})"
     largest = sorted(row[grade].get("components", {}).items(), key=lambda item: -item[1])[:3]
-    named = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest)
+    named = ", ".join(f"{name} {gib(size)}" for name, size in largest)
     end = f"; largest: {named}" if named else ""
-    return f"does not fit: needs {total / GIB:.2f} of {limit / GIB:.2f} GiB ({grade}){end}"
+    return f"does not fit: needs {gib(total)} of {gib(limit)} GiB ({grade}){end}"
 
 
 def _table(row: Row) -> list[str]:
@@ -51,16 +50,18 @@ def _table(row: Row) -> list[str]:
     parts = {g: _folded(row[g]) for g in grades}
     names = list(dict.fromkeys(name for g in grades for name in parts[g]))
     width = max(map(len, [*names, "total, GiB per device"]))
-    lines = [f"{'GiB per device':{width}}" + "".join(f"{g:>11}" for g in grades)]
+    # Three decimals of a GiB say nothing of a small model.
+    unit, called = (GIB, "GiB") if row["predicted"]["total_bytes"] >= GIB / 10 else (MIB, "MiB")
+    lines = [f"{called + ' per device':{width}}" + "".join(f"{g:>11}" for g in grades)]
     for name in names:
-        cells = (f"{parts[g][name] / GIB:11.3f}" if name in parts[g] else " " * 11 for g in grades)
+        cells = (f"{parts[g][name] / unit:11.3f}" if name in parts[g] else " " * 11 for g in grades)
         lines.append(f"{name:{width}}" + "".join(cells))
     totals = (row[g].get("total_bytes") for g in grades)
-    shown = (" " * 10 + "-" if t is None else f"{t / GIB:11.3f}" for t in totals)
+    shown = (" " * 10 + "-" if t is None else f"{t / unit:11.3f}" for t in totals)
     lines.append(f"{'total':{width}}" + "".join(shown))
     hosts = [row[g].get("host_bytes") or 0 for g in grades]
     if any(hosts):
-        cells = (f"{size / GIB:11.3f}" for size in hosts)
+        cells = (f"{size / unit:11.3f}" for size in hosts)
         lines.append(f"{'in host memory':{width}}" + "".join(cells))
     return lines
 
