@@ -91,45 +91,37 @@ def compile_part(result: dict[str, Any], cases: int) -> None:
     from config_border import load_config, with_values
     from layouts import all_rows, make_job
     from memory.compiled import compile_step
-    from memory.search import total_bytes, with_compiled
     from parallel.targets import parse_target
 
     target = parse_target(f"cpu:{DEVICES}")
     for number in range(len(result["cases"]), cases):
         case = draw_case(number)
         config = with_values(load_config(str(ROOT / "configs" / "tiny.py")), case)
-        rows = []
-        for row in all_rows(config, target, target.chip.memory):
-            compiled = compile_step(make_job(config, target, row["overrides"]), target)
-            answer = {"status": "ok", "error": None, "total_bytes": compiled.total_bytes}
-            rows.append(with_compiled(row, answer))
-        rng = random.Random(f"{SEED} budget {number}")
-        result["cases"].append(
-            {
-                "case": case,
-                "budget": quantile(sorted(map(total_bytes, rows)), rng.uniform(0.15, 0.85)),
-                "layouts": [
-                    {
-                        "name": row["name"],
-                        "seconds": row["predicted"]["seconds"],
-                        "predicted_bytes": row["predicted"]["total_bytes"],
-                        "compiled_bytes": row["compiled"]["total_bytes"],
-                    }
-                    for row in rows
-                ],
-            }
-        )
+        sizes = {
+            row["name"]: compile_step(
+                make_job(config, target, row["overrides"]), target
+            ).total_bytes
+            for row in all_rows(config, target, target.chip.memory)
+        }
+        result["cases"].append({"case": case, "compiled_bytes": sizes})
         keep(result)
-        print(f"case {number}: {len(rows)} layouts", flush=True)
-    searched = [held_against_all(case, case["budget"]) for case in result["cases"]]
-    for case, found in zip(result["cases"], searched, strict=True):
-        case["search"] = found
+        print(f"case {number}: {len(sizes)} layouts", flush=True)
+    # Predictions are made now: they cost nothing, and the formulas may have changed since.
+    tables = []
+    for number, case in enumerate(result["cases"]):
+        config = with_values(load_config(str(ROOT / "configs" / "tiny.py")), case["case"])
+        tables.append(all_rows(config, target, target.chip.memory))
+        rng = random.Random(f"{SEED} budget {number}")
+        budget = quantile(sorted(case["compiled_bytes"].values()), rng.uniform(0.15, 0.85))
+        case["search"] = held_against_all(tables[-1], case["compiled_bytes"], budget)
+    searched = [case["search"] for case in result["cases"]]
     rng = random.Random(f"{SEED} budgets")
     budgets = []
     for number in range(BUDGETS):
-        case = result["cases"][number % len(result["cases"])]
-        sizes = sorted(one["compiled_bytes"] for one in case["layouts"])
-        budgets.append(held_against_all(case, quantile(sizes, rng.uniform(0.05, 0.95))))
+        number %= len(tables)
+        truth = result["cases"][number]["compiled_bytes"]
+        budget = quantile(sorted(truth.values()), rng.uniform(0.05, 0.95))
+        budgets.append(held_against_all(tables[number], truth, budget))
     result["budgets"] = budgets
     result["summary"] = result.get("summary", {}) | {
         "cases": len(searched),
@@ -142,25 +134,19 @@ def compile_part(result: dict[str, Any], cases: int) -> None:
     print(json.dumps(result["summary"]))
 
 
-def held_against_all(case: dict[str, Any], budget: int) -> dict[str, Any]:
-    """What a search within a quarter of the compilations finds, and what there was to find."""
+def held_against_all(
+    table: list[dict[str, Any]], truth: dict[str, int], budget: int
+) -> dict[str, Any]:
+    """What a search within a quarter of the compilations finds, and what there was to find.
+
+    Args:
+      table: predicted rows.
+      truth: compiled bytes by the row's name.
+      budget: bytes per device.
+    """
     from memory.search import search, with_compiled
 
-    truth = {one["name"]: one["compiled_bytes"] for one in case["layouts"]}
-    rows = [
-        {
-            "name": one["name"],
-            "overrides": {},
-            "limit_bytes": budget,
-            "fits": one["predicted_bytes"] <= budget,
-            "predicted": {"total_bytes": one["predicted_bytes"], "seconds": one["seconds"]},
-            "compiled": None,
-            "measured": None,
-            "status": "ok",
-            "error": None,
-        }
-        for one in case["layouts"]
-    ]
+    rows = [row | {"limit_bytes": budget} for row in table]
     compiled: list[str] = []
 
     def compile_rows(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -169,14 +155,14 @@ def held_against_all(case: dict[str, Any], budget: int) -> dict[str, Any]:
         return [with_compiled(row, answer) for row, answer in zip(some, answers, strict=True)]
 
     found = search(rows, compile_rows, budget=budget, most=max(1, len(rows) // 4))[0]
-    fitting = [one for one in case["layouts"] if one["compiled_bytes"] <= budget]
+    fitting = [row["predicted"]["seconds"] for row in rows if truth[row["name"]] <= budget]
     seconds = found["predicted"]["seconds"]
     return {
         "budget": budget,
         "found": found["name"],
         "found_bytes": truth[found["name"]],
-        "time_over_best": seconds / min(one["seconds"] for one in fitting),
-        "faster_that_fit": sum(one["seconds"] < seconds for one in fitting),
+        "time_over_best": seconds / min(fitting),
+        "faster_that_fit": sum(one < seconds for one in fitting),
         "compilations": len(compiled),
         "share_compiled": len(compiled) / len(rows),
     }
