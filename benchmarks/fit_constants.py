@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from memory_accuracy import make_job, read_cells  # noqa: E402
 
 from memory.constants import CONSTANTS, Constants  # noqa: E402
-from memory.predict import Terms  # noqa: E402
+from memory.predict import together  # noqa: E402
+from memory.terms import Terms  # noqa: E402
 from parallel.targets import parse_target  # noqa: E402
 
 CELLS = ROOT / "benchmarks" / "results" / "memory_calibration.jsonl"
@@ -43,7 +44,6 @@ BOUNDS = {
     "lookup_narrow": (0, 8),
     "period": (0, 1),
     "regathered": (0, 2),
-    "twin": (0, 1.2),
     "accumulated_twice": (0, 1.5),
     "update": (0, 3),
     "packing": (1, 1.3),
@@ -61,7 +61,7 @@ def main() -> None:
     bases = []
     for row in cells:
         job = make_job(row["shape"], row["target"], row["overrides"])
-        bases.append(Terms(job, parse_target(row["target"]).chip, CONSTANTS[options.platform]))
+        bases.append(Terms(job, parse_target(row["target"]).chip))
     truth = [row["compiled"] for row in cells]
     now = [getattr(CONSTANTS[options.platform], name) for name in BOUNDS]
     low, high = np.array(list(BOUNDS.values())).T
@@ -72,8 +72,7 @@ def main() -> None:
         constants = Constants(**dict(zip(BOUNDS, map(float, values), strict=True)))
         total, temporaries = [], []
         for base, compiled in zip(bases, truth, strict=True):
-            base.__dict__["constants"] = constants  # keeps what is cached and does not depend on it
-            prediction = base.prediction()
+            prediction = together(base, constants)
             total.append(prediction.total_bytes / compiled["total_bytes"] - 1)
             temporaries.append(prediction.temporaries / compiled["temporaries"] - 1)
         return np.array(total), np.array(temporaries)

@@ -29,9 +29,9 @@ from compile_for import compile_for  # noqa: E402
 from config_border import load_config, override  # noqa: E402
 from config_types import plain  # noqa: E402
 from experiment import read_experiment  # noqa: E402
-from memory.constants import CONSTANTS  # noqa: E402
 from memory.job import Job  # noqa: E402
-from memory.predict import Terms, predict  # noqa: E402
+from memory.predict import predict  # noqa: E402
+from memory.terms import Terms  # noqa: E402
 from parallel.targets import parse_target  # noqa: E402
 
 GPU = ("gpu:h100:1x8", "gpu:h100:2x8", "gpu:h100:8x8", "gpu:h100:64x8")
@@ -93,7 +93,7 @@ def cells(seed: int, count: int, targets: tuple[str, ...]) -> Iterator[dict[str,
         except ValueError:  # heads that do not divide, too long a sequence
             continue
         chip = parse_target(target).chip
-        terms = Terms(job, chip, CONSTANTS[chip.kind])
+        terms = Terms(job, chip)
         stored = (
             terms.master
             + sum(sum(parts) for parts in terms.moments.values())

@@ -16,12 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from memory.constants import CONSTANTS
 from memory.hlo_costs import Counts
 from memory.job import Job
-from memory.predict import Terms
+from memory.terms import Terms
 from models.block import block_residuals
 from models.flops import attention_flops_per_token, flops_per_token, matrix_parameters
+from parallel.footprint import Activation
 from parallel.remat import PRESETS
 from parallel.targets import Target
 
@@ -90,7 +90,7 @@ class StepTime:
 def step_time(job: Job, target: Target) -> StepTime:
     """The roofline of one step of `job` on `target`."""
     ceilings, chip = CEILINGS[target.chip.kind], target.chip
-    terms = Terms(job, chip, CONSTANTS[chip.kind])
+    terms = Terms(job, chip)
     peak = chip.flops(job.precision.compute)
     return _together(
         job,
@@ -121,7 +121,7 @@ def counted_time(job: Job, target: Target, counts: Counts) -> StepTime:
         compute=counts.flops / (peak * ceilings.matrix),
         memory=counts.streamed_bytes / (chip.memory_bandwidth * ceilings.stream),
         links=links,
-        host=_host_seconds(job, Terms(job, chip, CONSTANTS[chip.kind]), target),
+        host=_host_seconds(job, Terms(job, chip), target),
     )
 
 
@@ -205,9 +205,10 @@ def communication_seconds(job: Job, terms: Terms, target: Target) -> dict[str, f
     # before products, too, be their outputs saved or not.
     policy, sequence = job.remat.policy, job.parallel.sequence
     again = 0 if policy == "none" else 2 if policy in ("dots", "attention") else 3
+    narrow = terms.bytes_of([Activation("", "batch seq act_embed")])
     passes = 8 + (again if sequence else 2 * (again == 3))
-    add("tensor", terms.narrow * job.model.layers, passes * micro)
-    add("tensor", terms.narrow, (6 if sequence else 4) * micro)  # embedding and loss head
+    add("tensor", narrow * job.model.layers, passes * micro)
+    add("tensor", narrow, (6 if sequence else 4) * micro)  # embedding and loss head
 
     stacked, outside = terms.weights
     whole = (terms.laid_out(stacked + outside, "gathered")) * terms.item

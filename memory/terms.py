@@ -1,0 +1,221 @@
+"""What a training step must hold on each device, exact, from shapes and the layout alone.
+
+State, the copy in compute dtype, gradients, and what remat saves: Korthikanti et al. 2022,
+https://arxiv.org/abs/2205.05198, count the same saved tensors; Rajbhandari et al. 2020,
+https://arxiv.org/abs/1910.02054, the state by ZeRO level. Layers declare their own weights and
+tensors beside themselves (`*_weights`, `*_residuals` in models/).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from memory.job import Job
+from memory.moments import moments
+from models.attention import form_for
+from models.block import RESIDUAL, block_residuals
+from models.decoder import decoder_weights
+from parallel.chips import Chip
+from parallel.footprint import ITEM, Activation, Weight, activation_bytes, elements
+from parallel.remat import PRESETS, TENSORS
+
+INT32 = ITEM["int32"]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The single terms of one prediction, bytes on one device like `chip`."""
+
+    job: Job
+    chip: Chip
+
+    # --- what there is --------------------------------------------------------------------------
+
+    @cached_property
+    def compute(self) -> str:
+        return self.job.precision.compute
+
+    @cached_property
+    def item(self) -> int:
+        return ITEM[self.compute]
+
+    @cached_property
+    def form(self) -> str:
+        """The form of attention that will run."""
+        model = self.job.model
+        return form_for(
+            model.attention,
+            self.chip.kind,
+            self.job.sequence_length,
+            model.head_dim,
+            self.compute,
+            softcap=model.attention_softcap > 0,
+            dropped=model.attention_dropout > 0,
+        )
+
+    @cached_property
+    def weights(self) -> tuple[list[Weight], list[Weight]]:
+        """Of all layers stacked, and of what stands outside the stack."""
+        block, outside = decoder_weights(self.job.model)
+        return [weight.stacked(self.job.model.layers) for weight in block], outside
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Logical dim -> size of one micro-step over all devices."""
+        model, length = self.job.model, self.job.sequence_length
+        return {
+            "batch": self.job.batch_size // self.job.micro_steps,
+            "seq": length,
+            "keys": length,
+            "residual_seq": length,
+            "act_embed": model.embed_dim,
+            "act_heads": model.heads,
+            "act_kv_heads": model.kv_heads,
+            "head_dim": model.head_dim,
+            "act_mlp": model.mlp_dim,
+        }
+
+    def bytes_of(self, tensors: list[Activation]) -> int:
+        """Of activations of one layer."""
+        return activation_bytes(tensors, self.sizes, self.job.rules, self.compute)
+
+    def laid_out(self, weights: list[Weight], where: str) -> int:
+        """Elements on one device: at_rest, in_model, of_gradient or gathered."""
+        rules = self.job.rules
+        spec = {
+            "at_rest": rules.at_rest,
+            "in_model": rules.in_model,
+            "of_gradient": rules.of_gradient,
+            "gathered": rules.gathered,
+        }[where]
+        tiled = self.chip.kind == "tpu"
+        return sum(
+            elements(weight, spec(weight.axes, weight.shape), rules, tiled=tiled)
+            for weight in weights
+        )
+
+    # --- the state ------------------------------------------------------------------------------
+
+    @cached_property
+    def master(self) -> int:
+        stacked, outside = self.weights
+        return self.laid_out(stacked + outside, "at_rest") * ITEM[self.job.precision.params]
+
+    @cached_property
+    def moments(self) -> dict[str, tuple[int, int]]:
+        """Moment -> (bytes of the stacked weights, bytes of the others)."""
+        item = ITEM[self.job.precision.params]
+        of = [moments(self.job, ws, lambda w: self.laid_out(w, "at_rest")) for ws in self.weights]
+        return {name: (of[0][name] * item, of[1][name] * item) for name in of[0]}
+
+    @cached_property
+    def offloaded_state(self) -> int:
+        """Bytes of moments that live in the memory of the host: those of the stacked weights."""
+        if not self.job.optimizer.offload or self.chip.kind == "cpu":
+            return 0
+        return sum(stacked for stacked, _ in self.moments.values())
+
+    @cached_property
+    def batch(self) -> int:
+        """Tokens, targets, segments and positions of the whole step."""
+        return 4 * INT32 * self.job.rows * self.job.micro_steps * self.job.sequence_length
+
+    # --- what the model is given and gives back ---------------------------------------------------
+
+    @cached_property
+    def copy(self) -> int:
+        """The weights in compute dtype, as the model sees them; 0 where that is the master copy."""
+        cast = self.job.precision.params != self.compute
+        gathers = self.job.parallel.zero in (1, 2) and self.job.sizes["fsdp"] > 1
+        if not cast and not gathers:
+            return 0
+        stacked, outside = self.weights
+        return self.laid_out(stacked + outside, "in_model") * self.item
+
+    @property
+    def gathers_layers(self) -> bool:
+        """Whether each layer's weights are gathered where they are used, and not all at once."""
+        return self.job.parallel.zero == 3 and self.job.sizes["fsdp"] > 1
+
+    @cached_property
+    def gathered_copy(self) -> int:
+        """The weights of the layers that are gathered all at once, at ZeRO level 1 and 2."""
+        if self.job.parallel.zero not in (1, 2) or self.job.sizes["fsdp"] == 1:
+            return 0
+        return self.laid_out(self.weights[0], "in_model") * self.item
+
+    @cached_property
+    def cut(self) -> int:
+        """The layers' weights of whole periods of a pattern, where it does not divide the layers:
+        cutting the rest off copies them.
+        """
+        model = self.job.model
+        periods, rest = divmod(model.layers, len(model.pattern))
+        if not rest:
+            return 0
+        whole = self.laid_out(self.weights[0], "in_model") * self.item
+        return whole * periods * len(model.pattern) // model.layers
+
+    @cached_property
+    def layer_gradients(self) -> int:
+        return self.laid_out(self.weights[0], "of_gradient") * self.item
+
+    @cached_property
+    def outer_gradients(self) -> int:
+        """Of the embedding, the head and what else stands outside the stack."""
+        return self.laid_out(self.weights[1], "of_gradient") * self.item
+
+    @cached_property
+    def accumulated(self) -> int:
+        """The buffer that sums gradients over micro-steps."""
+        if self.job.micro_steps == 1:
+            return 0
+        stacked, outside = self.weights
+        item = ITEM[self.job.precision.accumulate]
+        return self.laid_out(stacked + outside, "of_gradient") * item
+
+    # --- what remat keeps -------------------------------------------------------------------------
+
+    @cached_property
+    def saved(self) -> dict[str, int]:
+        """Tensor -> bytes that all layers keep on the device for the backward pass."""
+        return self._saved()[0]
+
+    @cached_property
+    def offloaded(self) -> dict[str, int]:
+        """Tensor -> bytes that all layers keep in the memory of the host."""
+        return self._saved()[1]
+
+    def _saved(self) -> tuple[dict[str, int], dict[str, int]]:
+        remat, layers = self.job.remat, self.job.model.layers
+        tensors = [*block_residuals(self.job.model, self.form)]
+        offloaded: list[Activation] = []
+        if remat.policy != "none":
+            names = remat.save if remat.policy == "custom" else PRESETS[remat.policy]
+            tensors = [Activation("block input", RESIDUAL), *self._named(names or ())]
+            offloaded = self._named(remat.offload)
+        sums: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        for kept, into in zip((tensors, offloaded), sums, strict=True):
+            for tensor in kept:
+                size = layers * self.bytes_of([tensor])
+                into[tensor.name] = into.get(tensor.name, 0) + size
+        return sums
+
+    def _named(self, names: tuple[str, ...]) -> list[Activation]:
+        """The tensors of a policy that this model has and whose value the backward pass reads."""
+        model = self.job.model
+        absent = {"mlp_gate"} if not model.gated else set()
+        if self.form != "xla":
+            absent.add("attention_probs")
+        else:
+            absent.add("attention_lse")
+        if self.form == "cudnn":  # a kernel that nobody tags the inside of
+            absent |= {"attention_lse", "attention_out"}
+        if model.norm_position != "sandwich":
+            absent.add("mlp_projection")  # goes into a sum, whose derivative needs no value
+        return [
+            Activation(name, TENSORS[name], "float32" if name == "attention_lse" else "compute")
+            for name in names
+            if name not in absent
+        ]
