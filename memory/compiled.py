@@ -19,10 +19,7 @@ from jax.sharding import NamedSharding
 from memory.job import Job
 from parallel.mesh import make_mesh
 from parallel.targets import Target
-from training.optim import make_optimizer
-from training.schedules import make_schedule
 from training.state import abstract_state
-from training.step import make_step
 
 BATCH = ("tokens", "targets", "segments", "positions")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -65,12 +62,7 @@ def lower_step(job: Job, devices: list[Any]) -> jax.stages.Lowered:
     """Traces the training step on shapes alone; no array is made."""
     mesh = make_mesh(job.mesh, devices)
     with jax.set_mesh(mesh):
-        model = job.build_model()
-        optimizer = make_optimizer(job.optimizer, job.steps, model.axes)
-        schedule = make_schedule(job.optimizer, job.steps)
-        step = make_step(
-            model, optimizer, schedule, job.precision, seed=0, micro_steps=job.micro_steps
-        )
+        model, optimizer, step = job.build()
         rows = NamedSharding(mesh, job.rules.spec("batch seq"))
         shape = (job.batch_size, job.sequence_length)
         batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in BATCH}

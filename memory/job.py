@@ -11,8 +11,10 @@ from parallel.remat import RematConfig
 from parallel.rules import ParallelConfig, Rules
 from training.losses import LossConfig
 from training.objectives import causal_lm
-from training.optim import OptimizerConfig
+from training.optim import Optimizer, OptimizerConfig, make_optimizer
+from training.schedules import make_schedule
 from training.state import Model
+from training.step import Step, make_step
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,12 @@ class Job:
         """Tokens of one micro-step on one device."""
         return self.rows * self.sequence_length
 
-    def build_model(self) -> Model:
-        """The model as pure functions; call it inside `jax.set_mesh`."""
-        return causal_lm(self.model, self.loss, self.rules, self.remat)
+    def build(self) -> tuple[Model, Optimizer, Step]:
+        """Model, optimizer and step as pure functions; call it inside `jax.set_mesh`."""
+        model = causal_lm(self.model, self.loss, self.rules, self.remat)
+        optimizer = make_optimizer(self.optimizer, self.steps, model.axes)
+        schedule = make_schedule(self.optimizer, self.steps)
+        step = make_step(
+            model, optimizer, schedule, self.precision, seed=0, micro_steps=self.micro_steps
+        )
+        return model, optimizer, step

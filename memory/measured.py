@@ -13,10 +13,7 @@ from jax.sharding import NamedSharding
 from memory.compiled import BATCH
 from memory.job import Job
 from parallel.mesh import make_mesh
-from training.optim import make_optimizer
-from training.schedules import make_schedule
 from training.state import create_state
-from training.step import make_step
 
 
 def measure_step(job: Job, *, steps: int = 5) -> dict[str, Any]:
@@ -32,12 +29,7 @@ def measure_step(job: Job, *, steps: int = 5) -> dict[str, Any]:
     """
     mesh = make_mesh(job.mesh)
     with jax.set_mesh(mesh):
-        model = job.build_model()
-        optimizer = make_optimizer(job.optimizer, job.steps, model.axes)
-        schedule = make_schedule(job.optimizer, job.steps)
-        step = make_step(
-            model, optimizer, schedule, job.precision, seed=0, micro_steps=job.micro_steps
-        )
+        model, optimizer, step = job.build()
         state = create_state(model, optimizer, job.precision, 0, mesh)
         rows = NamedSharding(mesh, job.rules.spec("batch seq"))
         shape = (job.batch_size, job.sequence_length)

@@ -103,16 +103,18 @@ def _choose(implementation: str, q_BTNH: Array, k_BSKH: Array, core: Core) -> st
         raise ValueError(
             f"config.model.attention = 'cudnn': {reason}; choose auto, xla, rows or blocked"
         )
-    if implementation != "auto":
-        return implementation
-    if max(T, S) <= BLOCK:  # one block: nothing to skip, and the probabilities are few
-        return "xla"
-    if platform() == "cpu" and max(T, S) <= MOST_ROWS * BLOCK:
-        return "rows"
-    biased = not _in_kernel(core.mask)
-    if (biased and max(T, S) > LONGEST_BIAS) or _not_for_cudnn(q_BTNH, k_BSKH, core):
-        return "blocked"
-    return "cudnn"
+    form = form_for(
+        implementation,
+        platform(),
+        max(T, S),
+        q_BTNH.shape[-1],
+        q_BTNH.dtype.name,
+        softcap=core.softcap is not None,
+        dropped=core.dropout_rate != 0.0,
+        biased=not _in_kernel(core.mask),
+    )
+    refused = implementation == "auto" and form == "cudnn" and _not_for_cudnn(q_BTNH, k_BSKH, core)
+    return "blocked" if refused else form
 
 
 def _not_for_cudnn(q_BTNH: Array, k_BSKH: Array, core: Core) -> str | None:
@@ -210,7 +212,8 @@ def form_for(
     dropped: bool = False,
     biased: bool = True,
 ) -> str:
-    """The form that self-attention takes on `platform`, without an array to ask: as `_choose` does.
+    """The form that attention takes on `platform`, by what is known without an array: this cuDNN
+    and this GPU may still refuse.
 
     Args:
       length: tokens of a row.
@@ -220,7 +223,7 @@ def form_for(
     """
     if implementation != "auto":
         return implementation
-    if length <= BLOCK:
+    if length <= BLOCK:  # one block: nothing to skip, and the probabilities are few
         return "xla"
     if platform == "cpu" and length <= MOST_ROWS * BLOCK:
         return "rows"

@@ -179,9 +179,24 @@ CHIPS = {
 }
 
 
+# Relatives that run slower and are no targets: FLOP/s in bfloat16, by a part of `device_kind`.
+RELATIVES = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "TPU v4": 275e12}
+
+
 def chip_of(device_kind: str) -> Chip | None:
     """The chip that JAX calls `device_kind`; None for one that is not in the table."""
+    if any(part in device_kind for part in RELATIVES):
+        return None
     for chip in CHIPS.values():
         if any(part in device_kind for part in chip.device_kind):
             return chip
     return None
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s in bfloat16 of what JAX calls `device_kind`; None where nobody has published one."""
+    for part, flops in RELATIVES.items():
+        if part in device_kind:
+            return flops
+    chip = chip_of(device_kind)
+    return chip.flops("bfloat16") if chip else None

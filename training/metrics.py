@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from training.utilization import peak_flops
+from parallel.chips import peak_flops
 from training.writers import JsonLines, Progress, TensorBoard, WeightsAndBiases, Writer
 
 
@@ -81,7 +81,7 @@ class Metrics:
                 raise ValueError(f"config.train.{name} = {value}: at least 1 is right")
         self._total_steps, self._log_every, self._max_skipped = total_steps, log_every, max_skipped
         self._flops_per_token = flops_per_token
-        self._peak = peak_flops(jax.devices()[0])
+        self._peak = peak_flops(jax.devices()[0].device_kind)
         self._watch = watch
         self._writers: list[Writer] = []
         if jax.process_index() == 0:

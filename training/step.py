@@ -16,6 +16,7 @@ from training.state import Model, TrainState
 
 Batch = dict[str, jax.Array]
 Tree = Any
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 LossAndGrads = Callable[..., tuple[dict[str, jax.Array], Tree]]
 
 
@@ -86,7 +87,7 @@ def make_step(
     *,
     seed: int,
     micro_steps: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Step:
     """The training step; jit it with `donate_argnums=0`.
 
     An update whose gradient is not finite is skipped and counted, and the loss scale halves.

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from parallel.chips import peak_flops
 from training import metrics as metrics_module
-from training import utilization
 from training.metrics import LoggingConfig, Metrics
 from training.writers import JsonLines, Progress
 
@@ -209,12 +209,10 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
 
 
 def test_mfu_where_the_peak_is_known(tmp_path, monkeypatch):
-    class Device:
-        device_kind = "NVIDIA H100 80GB HBM3"
-
-    assert utilization.peak_flops(Device()) == 989e12
-    assert utilization.peak_flops(jax.devices()[0]) is None
-    monkeypatch.setattr(metrics_module, "peak_flops", lambda device: 1e6)
+    kinds = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "TPU v5 lite": 197e12}
+    assert {kind: peak_flops(kind) for kind in kinds} == kinds
+    assert peak_flops(jax.devices()[0].device_kind) is None
+    monkeypatch.setattr(metrics_module, "peak_flops", lambda kind: 1e6)
     metrics = make(tmp_path, flops_per_token=6e3)
     metrics.push(1, scalars(1.0))
     metrics.close()
