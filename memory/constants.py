@@ -14,8 +14,10 @@ class Constants:
 
     Attributes:
       logits: over what the loss head must hold: logits, their gradient and the table's.
+      scattered: gradients of the head's table, float32, on their way to being divided.
       loss_narrow: tensors [tokens, D] beside them.
       gradients_twice: share of the layers' gradients that lives twice as they fill.
+      early_gradients: share of their buffers that is there already while the loss head runs.
       gathered: one layer's gathered weights: 1, and what is gathered ahead.
       layer_gradient: gradients of one layer's weights before they are divided.
       wide, narrow, heads: tensors [tokens, F], [tokens, D], [tokens, heads x head_dim] of one
@@ -32,8 +34,10 @@ class Constants:
     """
 
     logits: float = 1.0
+    scattered: float = 0.5
     loss_narrow: float = 2.0
     gradients_twice: float = 0.0
+    early_gradients: float = 0.0
     gathered: float = 1.5
     layer_gradient: float = 1.0
     wide: float = 5.0
@@ -52,42 +56,46 @@ class Constants:
 
 CONSTANTS = {
     "gpu": Constants(
-        logits=1.16,
-        loss_narrow=2.59,
+        logits=1.13,
+        scattered=0.1,
+        loss_narrow=2.82,
         gradients_twice=0.0,
-        gathered=3.99,
-        layer_gradient=0.19,
-        wide=3.25,
-        narrow=1.91,
-        heads=19.15,
-        scores=1.7,
-        lookup=2.8,
-        lookup_narrow=4.36,
-        period=0.93,
-        regathered=0.63,
-        accumulated_twice=0.06,
-        update=0.06,
+        early_gradients=0.25,
+        gathered=3.82,
+        layer_gradient=0.85,
+        wide=2.31,
+        narrow=2.13,
+        heads=19.05,
+        scores=1.21,
+        lookup=2.88,
+        lookup_narrow=2.57,
+        period=0.82,
+        regathered=0.95,
+        accumulated_twice=0.07,
+        update=0.09,
         packing=1.0,
         on_chip=0.0,
     ),
     "tpu": Constants(
-        logits=1.12,
-        loss_narrow=0.41,
-        gradients_twice=0.18,
-        gathered=3.81,
-        layer_gradient=2.2,
-        wide=7.31,
-        narrow=0.76,
-        heads=16.21,
-        scores=4.21,
-        lookup=2.92,
-        lookup_narrow=4.25,
-        period=0.4,
-        regathered=0.46,
-        accumulated_twice=0.84,
-        update=1.63,
-        packing=1.11,
-        on_chip=117.23,
+        logits=1.01,
+        scattered=0.01,
+        loss_narrow=0.28,
+        gradients_twice=0.22,
+        early_gradients=1.0,
+        gathered=5.25,
+        layer_gradient=0.64,
+        wide=6.55,
+        narrow=2.54,
+        heads=16.74,
+        scores=1.95,
+        lookup=4.56,
+        lookup_narrow=0.37,
+        period=0.38,
+        regathered=0.49,
+        accumulated_twice=0.72,
+        update=0.38,
+        packing=1.1,
+        on_chip=119.88,
     ),
     "cpu": Constants(),
 }

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from memory.constants import Constants
 from memory.terms import Terms
-from parallel.footprint import Activation
 
 Parts = dict[str, int]
 
@@ -29,19 +28,20 @@ def phases(terms: Terms, k: Constants) -> dict[str, Parts]:
     }
     kept = always | {f"saved: {name}": size for name, size in terms.saved.items()}
     gradients = {"gradients": terms.layer_gradients + terms.outer_gradients}
-    narrow = terms.bytes_of([Activation("", "batch seq act_embed")])
+    filling = gradients | {"gradients twice": int(k.gradients_twice * terms.layer_gradients)}
+    early = {name: int(k.early_gradients * size) for name, size in filling.items()}
     return {
         "gather": kept | {"gathered weights twice": int(k.regathered * terms.gathered_copy)},
-        "loss": kept | _loss_head(terms, k) | {"hidden states": int(k.loss_narrow * narrow)},
-        "backward": kept
-        | gradients
-        | {"gradients twice": int(k.gradients_twice * terms.layer_gradients)}
-        | _one_layer(terms, k),
+        "loss": kept
+        | early
+        | _loss_head(terms, k)
+        | {"hidden states": int(k.loss_narrow * terms.narrow)},
+        "backward": kept | filling | _one_layer(terms, k),
         "embedding": always
         | gradients
         | {
-            "gradient of the lookup": int(k.lookup * _table(terms) * terms.item),
-            "hidden states": int(k.lookup_narrow * narrow),
+            "gradient of the lookup": int(k.lookup * terms.table * terms.item),
+            "hidden states": int(k.lookup_narrow * terms.narrow),
         },
         "update": {
             "gradients": terms.accumulated or gradients["gradients"],
@@ -56,35 +56,16 @@ def _one_layer(terms: Terms, k: Constants) -> Parts:
     # Layers of one period of a pattern are one iteration: what one of them computes again may live
     # beside what the others do.
     together = 1 + k.period * (len(job.model.pattern) - 1)
-    weights = terms.laid_out(terms.weights[0], "gathered") // job.model.layers * terms.item
-    gathered = weights if terms.gathers_layers else 0
-
-    def tensor(dims: str) -> int:
-        return terms.bytes_of([Activation("", dims)])
-
-    heads = tensor("batch seq act_heads head_dim")
+    gathered = terms.layer_weights * terms.product_item if terms.gathers_layers else 0
+    gradients = terms.layer_weights * terms.item
+    attention = k.heads * together * terms.heads + k.scores * terms.scores
     return {
         "gathered weights": int(k.gathered * together * gathered),
-        "gradients of one layer": int(k.layer_gradient * together * weights),
-        "one layer: feed-forward": int(k.wide * together * tensor("batch seq act_mlp")),
-        "one layer: residual stream": int(k.narrow * together * tensor("batch seq act_embed")),
-        "one layer: attention": int(k.heads * together * heads + k.scores * _scores(terms)),
+        "gradients of one layer": int(k.layer_gradient * together * gradients),
+        "one layer: feed-forward": int(k.wide * together * terms.wide),
+        "one layer: residual stream": int(k.narrow * together * terms.narrow),
+        "one layer: attention": int(attention),
     }
-
-
-def _scores(terms: Terms) -> int:
-    """What attention holds that is quadratic: scores (xla), or cuDNN's bias."""
-    if terms.form == "xla":
-        return terms.bytes_of([Activation("", "batch act_heads seq keys", "float32")])
-    if terms.form == "cudnn":
-        return terms.bytes_of([Activation("", "batch seq keys")])
-    return 0
-
-
-def _table(terms: Terms) -> int:
-    """Elements of the head's table on one device while it is used."""
-    model = terms.job.model
-    return model.padded_vocab // terms.job.rules.parts("act_vocab") * model.embed_dim
 
 
 def _loss_head(terms: Terms, k: Constants) -> Parts:
@@ -96,9 +77,12 @@ def _loss_head(terms: Terms, k: Constants) -> Parts:
     rows = -(-job.tokens // chunks)
     logits = rows * job.model.padded_vocab // job.rules.parts("act_vocab")
     parts = {
-        "loss head: table": _table(terms) * terms.item if terms.gathers_layers else 0,
-        "loss head: logits": int(k.logits * (4 + terms.item) * logits),
+        "loss head: table": terms.table * terms.product_item if terms.gathers_layers else 0,
+        "loss head: logits": int(k.logits * (4 + terms.product_item) * logits),
     }
     if chunks > 1:
-        parts["loss head: gradient of the table"] = int(k.logits * 4 * _table(terms))
+        parts["loss head: gradient of the table"] = int(k.logits * 4 * terms.table)
+    if job.parallel.zero >= 2 and job.sizes["fsdp"] > 1:
+        scattered = int(k.scattered * 4 * terms.table)
+        parts["loss head: gradient of the table before it is divided"] = scattered
     return parts

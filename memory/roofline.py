@@ -21,7 +21,6 @@ from memory.job import Job
 from memory.terms import Terms
 from models.block import block_residuals
 from models.flops import attention_flops_per_token, flops_per_token, matrix_parameters
-from parallel.footprint import Activation
 from parallel.remat import PRESETS
 from parallel.targets import Target
 
@@ -205,10 +204,9 @@ def communication_seconds(job: Job, terms: Terms, target: Target) -> dict[str, f
     # before products, too, be their outputs saved or not.
     policy, sequence = job.remat.policy, job.parallel.sequence
     again = 0 if policy == "none" else 2 if policy in ("dots", "attention") else 3
-    narrow = terms.bytes_of([Activation("", "batch seq act_embed")])
     passes = 8 + (again if sequence else 2 * (again == 3))
-    add("tensor", narrow * job.model.layers, passes * micro)
-    add("tensor", narrow, (6 if sequence else 4) * micro)  # embedding and loss head
+    add("tensor", terms.narrow * job.model.layers, passes * micro)
+    add("tensor", terms.narrow, (6 if sequence else 4) * micro)  # embedding and loss head
 
     stacked, outside = terms.weights
     whole = (terms.laid_out(stacked + outside, "gathered")) * terms.item

@@ -18,7 +18,7 @@ from models.block import RESIDUAL, block_residuals
 from models.decoder import decoder_weights
 from parallel.chips import Chip
 from parallel.footprint import ITEM, Activation, Weight, activation_bytes, elements
-from parallel.remat import PRESETS, TENSORS
+from parallel.remat import PRESETS, PRODUCT_INPUTS, TENSORS
 
 INT32 = ITEM["int32"]
 
@@ -39,6 +39,18 @@ class Terms:
     @cached_property
     def item(self) -> int:
         return ITEM[self.compute]
+
+    @cached_property
+    def product(self) -> str:
+        """The dtype in which products read. JAX's default precision for float32 on TPU is one
+        bfloat16 pass, and XLA keeps what only products read, weights too, in that.
+        """
+        tpu = self.chip.kind == "tpu"
+        return "bfloat16" if tpu and self.compute == "float32" else self.compute
+
+    @cached_property
+    def product_item(self) -> int:
+        return ITEM[self.product]
 
     @cached_property
     def form(self) -> str:
@@ -78,7 +90,8 @@ class Terms:
 
     def bytes_of(self, tensors: list[Activation]) -> int:
         """Of activations of one layer."""
-        return activation_bytes(tensors, self.sizes, self.job.rules, self.compute)
+        dtypes = {"compute": self.compute, "product": self.product}
+        return activation_bytes(tensors, self.sizes, self.job.rules, dtypes)
 
     def laid_out(self, weights: list[Weight], where: str) -> int:
         """Elements on one device: at_rest, in_model, of_gradient or gathered."""
@@ -125,13 +138,14 @@ class Terms:
 
     @cached_property
     def copy(self) -> int:
-        """The weights in compute dtype, as the model sees them; 0 where that is the master copy."""
-        cast = self.job.precision.params != self.compute
+        """The weights as products read them; 0 where that is the master copy."""
+        params = self.job.precision.params
         gathers = self.job.parallel.zero in (1, 2) and self.job.sizes["fsdp"] > 1
-        if not cast and not gathers:
-            return 0
         stacked, outside = self.weights
-        return self.laid_out(stacked + outside, "in_model") * self.item
+        if params != self.compute or gathers:
+            return self.laid_out(stacked + outside, "in_model") * self.product_item
+        # A cast that nobody asked for: of what the layers' loops read.
+        return self.laid_out(stacked, "in_model") * self.product_item * (params != self.product)
 
     @property
     def gathers_layers(self) -> bool:
@@ -143,7 +157,7 @@ class Terms:
         """The weights of the layers that are gathered all at once, at ZeRO level 1 and 2."""
         if self.job.parallel.zero not in (1, 2) or self.job.sizes["fsdp"] == 1:
             return 0
-        return self.laid_out(self.weights[0], "in_model") * self.item
+        return self.laid_out(self.weights[0], "in_model") * self.product_item
 
     @cached_property
     def cut(self) -> int:
@@ -154,7 +168,7 @@ class Terms:
         periods, rest = divmod(model.layers, len(model.pattern))
         if not rest:
             return 0
-        whole = self.laid_out(self.weights[0], "in_model") * self.item
+        whole = self.laid_out(self.weights[0], "in_model") * self.product_item
         return whole * periods * len(model.pattern) // model.layers
 
     @cached_property
@@ -214,8 +228,46 @@ class Terms:
             absent |= {"attention_lse", "attention_out"}
         if model.norm_position != "sandwich":
             absent.add("mlp_projection")  # goes into a sum, whose derivative needs no value
+        dtypes = {"attention_lse": "float32"} | dict.fromkeys(PRODUCT_INPUTS, "product")
         return [
-            Activation(name, TENSORS[name], "float32" if name == "attention_lse" else "compute")
+            Activation(name, TENSORS[name], dtypes.get(name, "compute"))
             for name in names
             if name not in absent
         ]
+
+    # --- tensors of one layer or of the loss head, of which phases hold several -------------------
+
+    @cached_property
+    def wide(self) -> int:
+        """One tensor [tokens, F] of the feed-forward."""
+        return self.bytes_of([Activation("", "batch seq act_mlp")])
+
+    @cached_property
+    def narrow(self) -> int:
+        """One tensor [tokens, D]."""
+        return self.bytes_of([Activation("", "batch seq act_embed")])
+
+    @cached_property
+    def heads(self) -> int:
+        """One tensor [tokens, heads, head_dim]."""
+        return self.bytes_of([Activation("", "batch seq act_heads head_dim")])
+
+    @cached_property
+    def scores(self) -> int:
+        """What attention holds that is quadratic: scores (xla), or cuDNN's bias."""
+        if self.form == "xla":
+            return self.bytes_of([Activation("", "batch act_heads seq keys", "float32")])
+        if self.form == "cudnn":
+            return self.bytes_of([Activation("", "batch seq keys")])
+        return 0
+
+    @cached_property
+    def layer_weights(self) -> int:
+        """Elements of one layer's weights as they are used: gathered over fsdp."""
+        return self.laid_out(self.weights[0], "gathered") // self.job.model.layers
+
+    @property
+    def table(self) -> int:
+        """Elements of the head's table while it is used."""
+        model = self.job.model
+        return model.padded_vocab // self.job.rules.parts("act_vocab") * model.embed_dim

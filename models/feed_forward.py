@@ -73,7 +73,7 @@ def feed_forward_residuals(config: DecoderConfig) -> list[Activation]:
     mlp = "batch seq act_mlp"
     inner = ACTIVATION_RESIDUALS[config.activation] + (2 if config.gated else 0)
     return [
-        Activation("mlp_norm", "batch seq act_embed"),
-        Activation("mlp_act", mlp),
+        Activation("mlp_norm", "batch seq act_embed", "product"),
+        Activation("mlp_act", mlp, "product"),
         *[Activation("mlp_gate" if config.gated else "mlp_up", mlp)] * inner,
     ]

@@ -151,11 +151,11 @@ def self_attention_residuals(config: DecoderConfig, form: str) -> list[Activatio
     heads, kv_heads = "batch seq act_heads head_dim", "batch seq act_kv_heads head_dim"
     norms = norm_residuals(heads) + norm_residuals(kv_heads) if config.qk_norm else []
     return [
-        Activation("attention_norm", "batch seq act_embed"),
+        Activation("attention_norm", "batch seq act_embed", "product"),
         *norms,
         Activation("query", heads),
         Activation("key", kv_heads),
         Activation("value", kv_heads),
         *attention_residuals(form, dropped=config.attention_dropout > 0),
-        Activation("attention_out", heads),  # input of the output projection
+        Activation("attention_out", heads, "product"),  # input of the output projection
     ]

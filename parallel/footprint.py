@@ -38,7 +38,7 @@ class Activation(NamedTuple):
     Attributes:
       name: a name of `parallel.remat.TENSORS` where it has one.
       dims: "batch seq act_mlp".
-      dtype: "compute" for the compute dtype.
+      dtype: "compute" for the compute dtype, "product" for that in which products read it.
     """
 
     name: str
@@ -78,18 +78,18 @@ def tiled_size(shape: Sequence[int], stacked: int = 0) -> int:
 
 
 def activation_bytes(
-    tensors: Iterable[Activation], sizes: Mapping[str, int], rules: Rules, compute: str
+    tensors: Iterable[Activation], sizes: Mapping[str, int], rules: Rules, dtypes: Mapping[str, str]
 ) -> int:
     """Bytes of tensors on one device.
 
     Args:
       sizes: logical dim -> its size over all devices.
       rules: the layout.
-      compute: the compute dtype.
+      dtypes: what "compute" and "product" stand for.
     """
     total = 0
     for tensor in tensors:
-        dtype = compute if tensor.dtype == "compute" else tensor.dtype
+        dtype = dtypes.get(tensor.dtype, tensor.dtype)
         count = 1
         for dim in tensor.dims.split():
             known = dim in dict(rules.table)

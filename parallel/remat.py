@@ -30,6 +30,8 @@ TENSORS = {
     "mlp_act": "batch seq act_mlp",  # input of the down projection
     "mlp_projection": "batch residual_seq act_embed",  # output of the down projection
 }
+# Of these, what nothing but products reads.
+PRODUCT_INPUTS = ("attention_norm", "mlp_norm", "mlp_act")
 DOTS = (
     "query",
     "key",
