@@ -16,7 +16,7 @@ from config_border import with_values
 from experiment import read_experiment
 from layouts import all_rows
 from memory.measure import OutOfMemory
-from memory.plan import GIB, Row, plan, remedies
+from memory.plan import GIB, Row, gib, plan, remedies
 from memory.plan_text import verdict
 from memory.search import best_of, fallbacks, nothing_fits
 from parallel.targets import Target, local_target
@@ -105,11 +105,9 @@ def summary(row: Row) -> str:
     """One line: what is needed, of what, and the largest components."""
     grade = row["predicted"]
     largest = sorted(grade["components"].items(), key=lambda item: -item[1])[:4]
-    named = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest)
-    return (
-        f"{grade['total_bytes'] / GIB:.2f} of {row['limit_bytes'] / GIB:.2f} GiB per device "
-        f"predicted ({named})"
-    )
+    named = ", ".join(f"{name} {gib(size)}" for name, size in largest)
+    total, limit = gib(grade["total_bytes"]), gib(row["limit_bytes"])
+    return f"{total} of {limit} GiB per device predicted ({named})"
 
 
 def check_same_data(saved: str, now: str, workdir: Path) -> None:

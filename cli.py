@@ -7,7 +7,9 @@ a typo costs a quarter of a second.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import importlib.util
 import logging
 import os
 import re
@@ -75,6 +77,7 @@ def run(
     debug = "--debug" in arguments
     try:
         _silence(debug)
+        _hide_cuda()
         options, config = parse(name, about, config_from, flags, arguments, needs_workdir)
         given = {flag.name: getattr(options, flag.name) for flag in flags}
         if needs_workdir:
@@ -186,6 +189,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub("^argument ", "", message)
+        no_value = r"\1: takes no value; give \1, or leave it out"
+        message = re.sub("(.*): ignored explicit argument .*", no_value, message)
         raise ValueError(re.sub("invalid int value: (.*)", r"\1 should be a whole number", message))
 
 
@@ -236,6 +241,24 @@ def _silence(debug: bool) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING if debug else absl_logging.ERROR)
     if not flags.FLAGS.is_parsed():  # libraries look up absl flags, of which we have none
         flags.FLAGS.mark_as_parsed()
+
+
+def _hide_cuda() -> None:
+    """Where there is no NVIDIA GPU, keeps JAX from loading the plug-in for them.
+
+    It is there to compile for GPUs elsewhere (extra gpu-target), in a process of its own; in this
+    one it would say at length that it finds no driver. JAX_PLATFORMS=cuda loads it all the same.
+    """
+    here = any(name.startswith(("nvidia", "nvhost", "dxg")) for name in os.listdir("/dev"))
+    if here or "cuda" in os.environ.get("JAX_PLATFORMS", ""):
+        return
+    with contextlib.suppress(ModuleNotFoundError):  # no plug-in at all
+        name = "jax_plugins.xla_cuda12"
+        spec = importlib.util.find_spec(name)
+        if spec is not None and name not in sys.modules:
+            plugin = importlib.util.module_from_spec(spec)
+            vars(plugin)["initialize"] = lambda: None  # what JAX calls
+            sys.modules |= {name: plugin, "jax_cuda12_plugin": None}  # type: ignore[dict-item]
 
 
 class _Line(logging.Formatter):

@@ -62,9 +62,14 @@ def all_rows(
         rows.append(plan(job, target, name=name, overrides=overrides, limit_bytes=limit_bytes))
     if rows:
         return ranked(rows)
-    raise error or ValueError(
-        f"config.data.batch_size = {config.data.batch_size}: no mesh of {target.device_count} "
-        f"devices divides it; choose a multiple of {target.device_count}"
+    batch, count = config.data.batch_size, target.device_count
+    if error and (batch % count == 0 or "does not divide" not in str(error)):
+        raise error
+    why = str(error).partition(";")[0]
+    raise ValueError(
+        f"config.data.batch_size = {batch} does not divide by data x fsdp = {count}; choose a "
+        f"multiple of {count}, or other devices"
+        + (f" (nor does tensor help: {why})" if error else "")
     )
 
 

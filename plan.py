@@ -12,7 +12,6 @@ on the devices that are here.
 from __future__ import annotations
 
 from json import dumps
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +32,17 @@ def main(
     from config_border import with_values
     from config_types import plain
     from experiment import read_experiment
-    from memory.plan import GIB, budget_for, plan, remedies, together
+    from memory.plan import GIB, budget_for, limit_for, plan, remedies, together
     from memory.plan_text import describe
     from parallel.targets import parse_target
 
     aim = parse_target(target)
-    if budget_gib is not None and not (isfinite(budget_gib) and budget_gib > 0):
-        raise ValueError(f"--budget_gib={budget_gib}: GiB per device, above 0")
-    limit = aim.chip.memory if budget_gib is None else int(budget_gib * GIB)
+    limit = limit_for(aim, budget_gib)
     for flag, file in (("json", json), ("html", html)):
         if file is not None and file.is_dir():
             raise ValueError(f"--{flag}={file}: a folder; give a file")
     if compile:
-        aim.check_compiler()
+        aim.check_compiler("leave --compile out")
     if measure:
         check_here(aim)
     experiment = read_experiment(config, aim.device_count)

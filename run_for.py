@@ -94,7 +94,7 @@ def through_submitit(cluster: str, target: Target, folder: Path, minutes: int = 
         from submitit.helpers import CommandFunction
     except ImportError as error:
         raise ValueError(
-            f"--submit={cluster}: run pip install 'meshwright[slurm]' first"
+            f"--submit={cluster}: submitit is not installed; run pip install -e '.[slurm]'"
         ) from error
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)

@@ -23,7 +23,6 @@ from typing import Any
 import cli
 
 Row = dict[str, Any]
-GIB = 2**30
 IN_PAGE = 2000  # rows; more would make it slow
 
 
@@ -41,14 +40,15 @@ def main(
     """Predict all, do what the mode asks for, write, say which is best."""
     from layouts import all_rows, grid_rows, read_grid  # here: a typo costs no import
     from memory import report
+    from memory.plan import GIB, limit_for
     from memory.search import nothing_fits
     from parallel.targets import parse_target
     from sweep_rows import GRADES, Kept, in_order, summary
 
     place = parse_target(target)
-    if top < 1 or (budget_gib is not None and budget_gib <= 0):
-        raise ValueError(f"--top={top} --budget_gib={budget_gib}: more than 0 is right")
-    budget = place.chip.memory if budget_gib is None else round(budget_gib * GIB)
+    budget = limit_for(place, budget_gib)
+    if top < 1:
+        raise ValueError(f"--top={top}: at least 1")
     if grid and precision:
         raise ValueError(f"--precision={precision[0]}: with --grid, give it as a key of the grid")
     if grid:
@@ -86,7 +86,7 @@ def compile_some(
     from memory.search import search, with_compiled
     from run_for import workers
 
-    place.check_compiler()
+    place.check_compiler("take --mode=predict")
 
     def compile_row(row: Row) -> Row:
         if (done := kept.of("compile", row)) is None:

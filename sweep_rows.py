@@ -22,10 +22,13 @@ class Kept:
     """`sweep.jsonl` of a folder: a row for each layout and mode, added as soon as it is known.
 
     Raises:
-      ValueError: the folder holds a sweep of another config or target, or is a file.
+      ValueError: the folder holds a sweep of another config or target, is a file, the current
+        folder, or none that may be written.
     """
 
     def __init__(self, folder: Path, config: ConfigDict, target: str):
+        if folder == Path():
+            raise ValueError(f"--out={folder}: give a folder of its own, such as runs/sweep")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out={folder}: a file; give a folder")
         if has_config(folder) and plain(read_config(folder)) != plain(config):
@@ -45,7 +48,11 @@ class Kept:
             raise ValueError(
                 f"--out={folder}: holds a sweep on {there['target']}; give another --out"
             )
-        write_config(folder, config)
+        try:
+            write_config(folder, config)
+        except OSError as error:
+            why = f"--out={folder}: {error.strerror}; give a folder that you may write"
+            raise ValueError(why) from error
 
     def add(self, mode: str, rows: Sequence[Row]) -> None:
         """Appends the rows that are new."""

@@ -2,9 +2,9 @@
 
     python benchmarks/fit_constants.py --platform=gpu
 
-Reads benchmarks/results/memory_calibration.jsonl (cells of the seeds 1, 3, 5, 11), minimises the squared
-relative error of the total and of the temporaries, with a pull towards the constants as they are,
-and prints them.
+Reads benchmarks/results/memory_calibration.jsonl (cells of the seeds 1, 3, 5 and 11), minimises
+the squared relative error of the total and of the temporaries, with a pull towards the constants as
+they are, and prints them.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ def _dataset_rows(shown: str, files: list[Path]) -> Iterator[object]:
     except ImportError:
         raise ValueError(
             "config.data.source = 'dataset': the package datasets is not installed; "
-            "run: pip install 'meshwright[hf]'"
+            "run pip install -e '.[hf]'"
         ) from None
     kind = files[0].suffix[1:]
     names = [str(file) for file in files]

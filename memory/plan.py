@@ -47,6 +47,19 @@ class MemoryConfig:
             )
 
 
+def limit_for(target: Target, budget_gib: float | None) -> int:
+    """Bytes per device that may be used: what `--budget_gib` says, or all that the device has.
+
+    Raises:
+      ValueError: a budget that is no size.
+    """
+    if budget_gib is None:
+        return target.chip.memory
+    if not 0 < budget_gib < math.inf:
+        raise ValueError(f"--budget_gib={budget_gib}: GiB per device, above 0")
+    return round(budget_gib * GIB)
+
+
 def predicted(prediction: Prediction, time: StepTime) -> dict[str, Any]:
     """A prediction as plain data."""
     return {

@@ -96,8 +96,12 @@ class Target:
             }
         return {"JAX_PLATFORMS": "cpu,cuda", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 
-    def check_compiler(self) -> None:
-        """Raises ValueError where the extra that compiles for this target is not installed."""
+    def check_compiler(self, instead: str = "") -> None:
+        """Raises ValueError where the extra that compiles for this target is not installed.
+
+        Args:
+          instead: what the user could do without it.
+        """
         wanted = {"tpu": ("tpu-target", "libtpu"), "gpu": ("gpu-target", "jax_plugins.xla_cuda12")}
         if self.chip.kind not in wanted:
             return
@@ -109,7 +113,7 @@ class Target:
         if not found:
             raise ValueError(
                 f"--target={self.name}: its compiler is not installed; run "
-                f"pip install 'meshwright[{extra}]', or leave --compile out"
+                f"pip install -e '.[{extra}]'" + (f", or {instead}" if instead else "")
             )
 
     def devices(self) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from before_run import planned, with_plan
@@ -22,7 +24,11 @@ def test_what_fits_is_said_and_trained():
     assert list(planned(given, said.append)) == [given]
     assert len(said) == 1
     assert said[0].startswith("plan: ")
-    assert "GiB per device predicted" in said[0]
+    found = re.match(r"plan: (\S+) of \S+ GiB per device predicted \((.*)\)$", said[0])
+    sizes = [float(named.split()[-1]) for named in found[2].split(",")]
+    assert float(found[1]) > sum(sizes)
+    assert len(sizes) == 4
+    assert all(sizes), "a small model has digits too"
 
 
 def test_what_cannot_fit_is_refused_with_what_would_help():

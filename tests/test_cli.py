@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -302,6 +303,40 @@ def test_debug_shows_the_stack(command):
     assert code == 1
     assert "Traceback" in err
     assert err.endswith("error: (internal) KeyError: 'k'\n")
+
+
+@pytest.mark.parametrize(
+    ("devices", "said"), [(["null", "tty"], ""), (["nvidiactl"], "extension\nplug-in\n")]
+)
+def test_without_a_gpu_its_plugin_is_not_loaded(tmp_path, devices, said):
+    """A plug-in in the real one's place: JAX finds it, and would call it."""
+    for name, text in (
+        ("jax_cuda12_plugin", "print('extension', file=sys.stderr)"),
+        ("jax_plugins/xla_cuda12", "def initialize(): print('plug-in', file=sys.stderr)"),
+    ):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "__init__.py").write_text(f"import sys\n{text}\n")
+    program = (
+        "import os, cli\n"
+        "from parallel.targets import parse_target\n"
+        "listdir = os.listdir\n"
+        f"os.listdir = lambda folder: {devices} if folder == '/dev' else listdir(folder)\n"
+        "def main(config):\n"
+        "    import jax\n"
+        "    parse_target('gpu:h100:1x8').check_compiler()\n"
+        "    print(jax.devices()[0].platform)\n"
+        "cli.run(main, name='plan.py', about='', config_from='file', needs_workdir=False)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, f"--config={TINY}"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "cpu\n", done.stderr
+    assert done.stderr == said
 
 
 def test_a_bad_flag_is_found_before_jax_is_imported(tmp_path):

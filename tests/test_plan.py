@@ -372,11 +372,15 @@ BAD_PLANS = {
     "--config.model.layers=0": ("config.model.layers = 0: at least 1",),
     "--config.layout=best": ("config.layout = 'best'", "choose one of given, auto"),
     "--config.memory.check=perhaps": ("config.memory.check = 'perhaps'", "refuse, warn, off"),
+    "--config.memory.budget_gib=-1": ("config.memory.budget_gib = -1.0", "or 0 for all"),
+    "--config.memory.budget_gib=inf": ("config.memory.budget_gib = inf", "a finite number"),
     "--budget_gib=0": ("--budget_gib=0.0: GiB per device, above 0",),
     "--budget_gib=-4": ("--budget_gib=-4.0: GiB per device, above 0",),
     "--budget_gib=nan": ("--budget_gib=nan: GiB per device, above 0",),
     "--budget_gib=inf": ("--budget_gib=inf: GiB per device, above 0",),
     "--budget_gib=12GB": ("--budget_gib: ", "'12GB'"),
+    "--compile=true": ("--compile: takes no value; give --compile, or leave it out\n",),
+    "--debug=1": ("--debug: takes no value; give --debug, or leave it out\n",),
     "--json": ("--json: expected one argument",),
     "--json=FOLDER": ("--json=FOLDER: a folder; give a file",),
     "--html=FOLDER": ("--html=FOLDER: a folder; give a file",),
@@ -447,20 +451,23 @@ def test_a_compiler_that_is_not_installed(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *_: None if name == module else find(name, *_)
     )
-    argv = {
-        "plan.py": ["--compile"],
-        "sweep.py": ["--mode=compile", f"--out={tmp_path}/out", "--grid=config.seed=0"],
+    argv, instead = {
+        "plan.py": (["--compile"], "leave --compile out"),
+        "sweep.py": (
+            ["--mode=compile", f"--out={tmp_path}/out", "--grid=config.seed=0"],
+            "take --mode=predict",
+        ),
     }[program]
-    words = (
-        f"--target={target}: its compiler is not installed",
-        f"pip install 'meshwright[{extra}",
+    line = (
+        f"--target={target}: its compiler is not installed; run pip install -e '.[{extra}]', "
+        f"or {instead}\n"
     )
-    refused(words, *argv, program=program, target=target)
+    refused([line], *argv, program=program, target=target)
 
 
 def test_submitting_wants_submitit(refused, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "submitit", None)  # as where it is not installed
-    words = ("--submit=local", "pip install ", "[slurm]'")
+    words = ("--submit=local: submitit is not installed; run pip install -e '.[slurm]'\n",)
     flags = ["--mode=run", "--submit=local", "--grid=config.seed=0", f"--out={tmp_path}/out"]
     refused(words, *flags, program="sweep.py")
     assert not (tmp_path / "out" / "runs").exists()
@@ -490,11 +497,16 @@ def test_bad_sweeps(refused, tmp_path, bad):
 
 
 def test_a_sweep_that_no_layout_divides(refused, tmp_path):
-    out, _ = refused(
-        ("does not divide by config.mesh.tensor = 7", "choose a multiple of 7"),
-        f"--out={tmp_path}/out",
-        program="sweep.py",
-        target="cpu:7",
+    line = (
+        "error: config.data.batch_size = 8 does not divide by data x fsdp = 7; choose a multiple "
+        "of 7, or other devices (nor does tensor help: config.model.vocab_size (padded to a "
+        "multiple of 128) = 384 does not divide by config.mesh.tensor = 7)\n"
     )
-    assert out == ""
+    flag = f"--out={tmp_path}/out"
+    assert refused([line], flag, program="sweep.py", target="cpu:7") == ("", line)
     assert not (tmp_path / "out").exists()
+
+    # What is wrong on every mesh is said alone.
+    argv = (flag, "--config.optimizer.name=adamx")
+    _, err = refused(["config.optimizer.name"], *argv, program="sweep.py", target="cpu:7")
+    assert "batch_size" not in err

@@ -35,3 +35,27 @@ def test_every_requirement_is_pinned(version):
     extras = PROJECT["project"]["optional-dependencies"]
     needed = wanted(PROJECT["project"]["dependencies"] + extras["dev"] + extras["hf"])
     assert needed <= set(pins(version))
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12"])
+def test_the_compiler_for_gpus_is_tested_with_its_jax(version):
+    pinned = pins(version)
+    for package in ("jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt"):
+        assert pinned[package] == pinned["jax"]
+    assert not [name for name in pinned if name.startswith("nvidia")], "it compiles without them"
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert [line.partition(";")[0] for line in extras["dev"] if "cuda" in line] == extras[
+        "gpu-target"
+    ]
+
+
+def test_hints_install_extras_that_there_are():
+    """From this folder, where the commands are run: the package is on no index."""
+    extras = {*PROJECT["project"]["optional-dependencies"], "{extra}"}
+    found = set()
+    for pattern in ("*.py", "*/*.py", "*.md", "*/*.md"):
+        for file in ROOT.glob(pattern):
+            hints = re.findall(r"pip install(.*?)\[([\w-]+|{extra})\]", file.read_text())
+            assert {before[-6:] for before, _ in hints} <= {" -e '."}, file
+            found |= {extra for _, extra in hints}
+    assert {"gpu-target", "slurm", "wandb", "hf", "{extra}"} <= found <= extras

@@ -171,8 +171,10 @@ def test_compile_searches(command, compiler, tmp_path):
         (["--budget_gib=1e-6"], ["--budget_gib=1e-06: nothing fits; the least is", "GiB with"]),
         (["--budget_gib=1e-6", "--mode=run"], ["nothing fits; the least is"]),
         (["--budget_gib=1e-6", "--mode=compile"], ["nothing fits; the least is"]),
-        (["--budget_gib=-1"], ["--budget_gib=-1", "more than 0"]),
-        (["--top=0"], ["--top=0", "more than 0"]),
+        (["--budget_gib=-1"], ["--budget_gib=-1.0: GiB per device, above 0"]),
+        (["--budget_gib=nan"], ["--budget_gib=nan: GiB per device, above 0"]),
+        (["--budget_gib=inf"], ["--budget_gib=inf: GiB per device, above 0"]),
+        (["--top=0"], ["--top=0: at least 1"]),
         (["--grid=fsdp=1"], ["--grid=fsdp=1", "config.SECTION.KEY=VALUE"]),
         (["--grid=config.mesh.fsdq=1"], ["config.mesh.fsdq", "did you mean config.mesh.fsdp?"]),
         (["--grid=config.mesh.fsdp=1,two"], ["config.mesh.fsdp = 'two'", "whole number"]),
@@ -217,8 +219,25 @@ def test_another_config_or_target_is_refused_and_nothing_lost(command, tmp_path)
         assert code == 2
         assert "give another --out" in err
     assert (tmp_path / "out" / "sweep.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("", "--out=.: give a folder of its own, such as runs/sweep"),
+        (".", "--out=.: give a folder of its own, such as runs/sweep"),
+        ("FOLDER/file", "--out=FOLDER/file: a file; give a folder"),
+        ("FOLDER/file/x", "--out=FOLDER/file/x: Not a directory; give a folder that you may write"),
+        ("/proc/x", "--out=/proc/x: No such file or directory; give a folder that you may write"),
+    ],
+)
+def test_where_nothing_can_be_kept(command, monkeypatch, tmp_path, out, words):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
-    assert command(grid, out=tmp_path / "file")[0] == 2
+    words = words.replace("FOLDER", str(tmp_path))
+    found = command("--grid=config.seed=0", out=out.replace("FOLDER", str(tmp_path)))
+    assert found == (2, "", f"error: {words}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
 
 

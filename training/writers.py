@@ -129,7 +129,7 @@ class WeightsAndBiases:
         except ImportError as error:
             raise ValueError(
                 "config.logging.wandb = True: wandb is not installed; run "
-                "pip install 'meshwright[wandb]', or set it to False"
+                "pip install -e '.[wandb]', or set it to False"
             ) from error
         self._run = wandb.init(
             mode="offline", dir=str(workdir), name=workdir.name, config=dict(config)

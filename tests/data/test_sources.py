@@ -290,7 +290,7 @@ def test_dataset_without_the_extra(tmp_path, monkeypatch):
         open_tiny(tmp_path, source="dataset", path=str(tmp_path))
     assert str(error.value) == (
         "config.data.source = 'dataset': the package datasets is not installed; "
-        "run: pip install 'meshwright[hf]'"
+        "run pip install -e '.[hf]'"
     )
 
 

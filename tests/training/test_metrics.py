@@ -171,7 +171,7 @@ def test_tensorboard_without_tensorflow(tmp_path):
 def test_weights_and_biases_is_an_offline_extra(tmp_path, monkeypatch):
     config = LoggingConfig(tensorboard=False, wandb=True)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"config\.logging\.wandb = True: .*pip install"):
+    with pytest.raises(ValueError, match=r"config\.logging\.wandb = True: .*'\.\[wandb\]'"):
         make(tmp_path, config)
 
     calls = []
