@@ -44,8 +44,13 @@ def _results(i: Instruction) -> tuple[Shape, ...]:
     parts = i.shape.parts
     if i.opcode == "copy-start":
         return parts[:1]
-    if i.opcode.endswith("-start") and len(parts) > 1 and i.opcode != "all-reduce-start":
-        return parts[1:2]
+    nested = bool(parts) and parts[0].dtype == "tuple"
+    if (
+        i.opcode.endswith("-start")
+        and len(parts) > 1
+        and (i.opcode != "all-reduce-start" or nested)
+    ):
+        return parts[1].leaves
     return i.shape.leaves
 
 

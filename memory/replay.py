@@ -224,9 +224,9 @@ def _with_operands(
     i: Instruction, made: list[Value], operands: list[Value], slots: Slots
 ) -> list[Value]:
     """The values of an asynchronous start: its tuple names the operands, too."""
-    if i.opcode == "all-reduce-start":  # in place
-        for value, operand in zip(made, operands, strict=True):
-            slots.join(value, operand)
+    if i.opcode == "all-reduce-start":  # in place; newer XLA names the operands first
+        for n, value in enumerate(made):
+            slots.join(value, operands[n % len(operands)])
         return made
     rest = list(operands)
     first = 1 if i.opcode == "copy-start" else 0  # (copy, operand, ...), others (operand, ...)
@@ -239,7 +239,9 @@ def _with_operands(
 def _of_start(where: Computation, i: Instruction, values: list[Value]) -> list[Value]:
     """The values of an asynchronous done: a part of what its start gave."""
     start = where.operands(i)[0]
-    if i.opcode == "all-reduce-done" or start.shape.dtype != "tuple":
+    if start.shape.dtype != "tuple":
         return values
+    if i.opcode == "all-reduce-done":
+        return values[-len(i.shape.leaves) :]
     part = 0 if i.opcode in ("copy-done", "recv-done") else 1
     return _part(start.shape, values, part)

@@ -9,6 +9,7 @@ import pytest
 
 from memory.components import COMPONENTS
 from memory.hlo import parse
+from memory.hlo_costs import count
 from memory.liveness import POINTS, live_at_peak
 from parallel.precision import PrecisionConfig
 from tests.memory.test_hlo import program, shape
@@ -172,3 +173,19 @@ def test_aliases_a_compiler_wrote_down():
         'ROOT %out = f32[2]{0} custom-call(%c), custom_call_target="f"',
     )
     assert live_at_peak(parse(text)).peak_bytes == 4 * 2 * 1024
+
+
+@pytest.mark.parametrize("started", ["f32[4096]{0}", "((f32[4096]{0}), f32[4096]{0})"])
+def test_an_all_reduce_is_in_place_in_either_form(started):
+    """Newer XLA names the operands of a start before its results."""
+    text = program(
+        "%x = f32[4096]{0} parameter(0)",
+        "%a = f32[4096]{0} negate(%x)",
+        f"%s = {started} all-reduce-start(%a), replica_groups={{{{0,1}}}}, to_apply=%add",
+        "%d = f32[4096]{0} all-reduce-done(%s)",
+        "ROOT %r = f32[] reduce(%d, %d), to_apply=%add",
+        before="%add (p: f32[], q: f32[]) -> f32[] {\n  %p = f32[] parameter(0)\n"
+        "  %q = f32[] parameter(1)\n  ROOT %sum = f32[] add(%p, %q)\n}\n",
+    )
+    assert live_at_peak(parse(text)).peak_bytes == 4 * 4096
+    assert count(parse(text), {"data": 2}).bytes_moved >= 3 * 4 * 4096
