@@ -209,6 +209,8 @@ class Terms:
             names = remat.save if remat.policy == "custom" else PRESETS[remat.policy]
             tensors = [Activation("block input", RESIDUAL), *self._named(names or ())]
             offloaded = self._named(remat.offload)
+            if self.chip.kind == "cpu":  # one memory
+                tensors, offloaded = tensors + offloaded, []
         sums: tuple[dict[str, int], dict[str, int]] = ({}, {})
         for kept, into in zip((tensors, offloaded), sums, strict=True):
             for tensor in kept:
