@@ -1,0 +1,205 @@
+"""Buffers of a pipeline schedule: how long each value is kept, and in which slot.
+
+| buffer | what | kept from | to |
+| --- | --- | --- | --- |
+| input | a chunk's input | the end of the tick of the F that sent it | its F |
+| residual | what F keeps for the backward pass | F | the last of B and W |
+| cotangent | gradient by a chunk's output | the end of the tick of the B that sent it | B and W |
+| pending | what B keeps for a W in a later tick | B | W |
+
+Nothing is sent to the first chunk's input and the last chunk's cotangent: the embedding and the
+loss are computed in the tick itself, see `slots`. Slots are given by colouring intervals, which
+takes exactly as many as values are alive at once (intervals form a perfect graph).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from parallel.schedule import KINDS, Action, Schedule, where
+
+BUFFERS = ("input", "residual", "cotangent", "pending")
+Key = tuple[int, int]  # position of the chunk in the model, micro-batch
+Lifetimes = dict[Key, tuple[int, int]]  # first and last step, see `_step`
+STEPS = len(KINDS) + 1  # of a tick: F, B, W, then what was sent arrives
+ARRIVES = len(KINDS)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an executor keeps between the actions of a micro-batch.
+
+    Attributes:
+      inputs: the forward pass is computed again from the chunk's input, which stays until the last
+        of B and W; there are no residuals.
+      pending: B keeps for W what it computed on the way (the cotangents of layers), and its own
+        cotangent goes. Otherwise W starts from that cotangent again, which stays until W.
+      loss: the action of the last chunk that computes the loss and its gradient. With F that is a
+        cotangent from F on; with B it is one only for a W in a later tick.
+    """
+
+    inputs: bool = False
+    pending: bool = False
+    loss: Literal["F", "B"] = "F"
+
+
+RESIDUALS = Kept()
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where each value of a schedule is kept.
+
+    Attributes:
+      counts: for each buffer, how many slots each stage needs; arrays that are the same on all
+        stages have `capacity`.
+      slot: for each buffer, the slot of a (position, micro-batch), if it has one.
+    """
+
+    counts: Mapping[str, tuple[int, ...]]
+    slot: Mapping[str, Mapping[Key, int]]
+
+    def capacity(self, buffer: str) -> int:
+        """Slots of the fullest stage."""
+        return max(self.counts[buffer])
+
+
+def lifetimes(schedule: Schedule, kept: Kept = RESIDUALS) -> dict[str, Lifetimes]:
+    """For each buffer and (position, micro-batch), the first and the last step of what it holds."""
+    life: dict[str, Lifetimes] = {buffer: {} for buffer in BUFFERS}
+    last = schedule.positions - 1
+    for position in range(schedule.positions):
+        for i in range(schedule.microbatches):
+            f, b, w = (_step(schedule, kind, position, i) for kind in KINDS)
+            key = position, i
+            if position > 0:
+                life["input"][key] = _sent(schedule, "F", position - 1, i), w if kept.inputs else f
+            elif kept.inputs:
+                life["input"][key] = f, w
+            if not kept.inputs:
+                life["residual"][key] = f, w
+            apart = w // STEPS > b // STEPS
+            end = b if apart and kept.pending else w
+            if position < last:
+                life["cotangent"][key] = _sent(schedule, "B", position + 1, i), end
+            elif kept.loss == "F":
+                life["cotangent"][key] = f, end
+            elif apart and not kept.pending:
+                life["cotangent"][key] = b, end
+            if apart and kept.pending:
+                life["pending"][key] = b, w
+    return life
+
+
+def slots(schedule: Schedule, kept: Kept = RESIDUALS) -> Slots:
+    """The fewest slots for what an executor keeps, and who is in which."""
+    counts: dict[str, tuple[int, ...]] = {}
+    slot: dict[str, Mapping[Key, int]] = {}
+    for buffer, life in lifetimes(schedule, kept).items():
+        coloured = [_coloured(_on(schedule, life, stage)) for stage in range(schedule.stages)]
+        counts[buffer] = tuple(max(colours.values(), default=-1) + 1 for colours in coloured)
+        slot[buffer] = {key: n for colours in coloured for key, n in colours.items()}
+    return Slots(counts, slot)
+
+
+def ring_sizes(schedule: Schedule, buffer: str, kept: Kept = RESIDUALS) -> list[list[int]]:
+    """[stage][chunk]: the smallest n for which a micro-batch's slot may be `micro-batch mod n`.
+
+    Each chunk has a ring of its own, so together they can be more than `Slots.counts`.
+    """
+    life = lifetimes(schedule, kept)[buffer]
+    sizes = [[0] * schedule.chunks for _ in range(schedule.stages)]
+    for position in range(schedule.positions):
+        stage, chunk = schedule.place(position)
+        sizes[stage][chunk] = _ring({i: span for (at, i), span in life.items() if at == position})
+    return sizes
+
+
+def check_slots(
+    schedule: Schedule,
+    counts: Mapping[str, Sequence[int]],
+    kept: Kept = RESIDUALS,
+) -> None:
+    """Refuses a table that needs more slots than there are.
+
+    Args:
+      schedule: a checked table.
+      counts: for some of `BUFFERS`, the slots of each stage.
+      kept: decides how long values stay.
+
+    Raises:
+      ValueError: naming tick, stage, what finds no slot and what is in them.
+    """
+    life = lifetimes(schedule, kept)
+    for buffer, sizes in counts.items():
+        if buffer not in BUFFERS:
+            raise ValueError(f"buffer {buffer!r}: choose of {', '.join(BUFFERS)}")
+        if len(sizes) != schedule.stages:
+            raise ValueError(f"{buffer} slots: {len(sizes)} counts for {schedule.stages} stages")
+        for stage, size in enumerate(sizes):
+            values = _on(schedule, life[buffer], stage)
+            for key, (start, _) in sorted(values.items(), key=lambda item: item[1]):
+                alive = [other for other, (a, b) in values.items() if a <= start <= b]
+                if len(alive) > size:
+                    what = Action(buffer, key[1], schedule.place(key[0])[1])
+                    held = [
+                        f"{i}.{schedule.place(k)[1]}" for k, i in sorted(alive) if (k, i) != key
+                    ]
+                    raise ValueError(
+                        f"{where(schedule, start // STEPS, stage)}: no slot for the {what}; "
+                        f"there are {size}, which hold {', '.join(held) or 'nothing'} "
+                        "(micro-batch.chunk)"
+                    )
+
+
+def in_flight(schedule: Schedule, until: Literal["B", "W"] = "W") -> tuple[float, ...]:
+    """The most micro-batches that each stage has between F and B or W; a chunk is 1/v of one."""
+    peaks = []
+    for stage in range(schedule.stages):
+        alive = peak = 0
+        for row in schedule.ticks:
+            for action in row[stage]:
+                alive += (action.kind == "F") - (action.kind == until)
+                peak = max(peak, alive)
+        peaks.append(peak / schedule.chunks)
+    return tuple(peaks)
+
+
+def _step(schedule: Schedule, kind: str, position: int, microbatch: int) -> int:
+    """When an action runs: ticks have one step for each kind, and one for arrivals."""
+    return STEPS * schedule.tick_of[kind, position, microbatch] + KINDS.index(kind)
+
+
+def _sent(schedule: Schedule, kind: str, position: int, microbatch: int) -> int:
+    """When what an action sends is there."""
+    return STEPS * schedule.tick_of[kind, position, microbatch] + ARRIVES
+
+
+def _on(schedule: Schedule, life: Lifetimes, stage: int) -> Lifetimes:
+    return {key: value for key, value in life.items() if schedule.place(key[0])[0] == stage}
+
+
+def _coloured(life: Lifetimes) -> dict[Key, int]:
+    """The lowest slot that is free when a value begins."""
+    until: list[int] = []  # the last step of what is in a slot
+    slot = {}
+    for key, (start, end) in sorted(life.items(), key=lambda item: (item[1], item[0])):
+        free = [n for n, last in enumerate(until) if last < start]
+        slot[key] = free[0] if free else len(until)
+        until[slot[key] : slot[key] + 1] = [end]
+    return slot
+
+
+def _ring(life: Mapping[int, tuple[int, int]]) -> int:
+    """The smallest n such that no two micro-batches with the same rest by n are alive at once."""
+    n = 1 if life else 0
+    while any(
+        life[i][0] <= life[j][1] and life[j][0] <= life[i][1]
+        for i in life
+        for j in range(i + n, max(life) + 1, n)
+        if j in life
+    ):
+        n += 1
+    return n
