@@ -249,7 +249,8 @@ def _hide_cuda() -> None:
     It is there to compile for GPUs elsewhere (extra gpu-target), in a process of its own; in this
     one it would say at length that it finds no driver. JAX_PLATFORMS=cuda loads it all the same.
     """
-    here = any(name.startswith(("nvidia", "nvhost", "dxg")) for name in os.listdir("/dev"))
+    devices = os.listdir("/dev") if os.path.isdir("/dev") else []
+    here = any(name.startswith(("nvidia", "nvhost", "dxg")) for name in devices)
     if here or "cuda" in os.environ.get("JAX_PLATFORMS", ""):
         return
     with contextlib.suppress(ModuleNotFoundError):  # no plug-in at all

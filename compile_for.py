@@ -26,8 +26,14 @@ if TYPE_CHECKING:
     from memory.job import Job
 
 ROOT = Path(__file__).parent
-SOURCES = ("parallel/*.py", "models/*.py", "training/*.py", "memory/*.py", "compile_for.py")
-COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax", "nvidia-cudnn-cu12")
+SOURCES = (
+    *("parallel/*.py", "models/*.py", "training/*.py", "memory/*.py", "data/config.py"),
+    *("configs/base.py", "config_*.py", "experiment.py", "compile_for.py"),
+)
+COMPILERS = (
+    *("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cudnn-cu12"),
+    *("flax", "optax"),
+)
 LARGEST = 40  # buffers that are named
 # What cannot change the program.
 IRRELEVANT = ("checkpoint", "eval", "logging")
@@ -83,6 +89,7 @@ def content_key(config: dict[str, Any], target: Target) -> str:
     digest = hashlib.sha256()
     relevant = {name: value for name, value in config.items() if name not in IRRELEVANT}
     digest.update(json.dumps([relevant, target.name], sort_keys=True).encode())
+    digest.update(os.environ.get("XLA_FLAGS", "").encode())
     for package in COMPILERS:
         try:
             digest.update(f"{package} {importlib.metadata.version(package)}".encode())

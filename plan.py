@@ -50,7 +50,7 @@ def main(
 
     # --- The grades -------------------------------------------------------------------------------
     row = plan(job, aim, name=experiment.describe_layout(), overrides={}, limit_bytes=limit)
-    buffers, timeline = [], []
+    buffers, timeline, notes = [], [], []
     if compile:
         from compile_for import compile_for
 
@@ -61,9 +61,15 @@ def main(
             row["fits"] = answer["status"] == "ok" and answer["total_bytes"] <= limit
             row["status"] = "ok" if row["fits"] else "does not fit"
     if measure:
+        from memory.measure import is_out_of_memory
         from memory.measured import measure_step
 
-        row["measured"] = measure_step(job)
+        try:
+            row["measured"] = measure_step(job)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            notes = ["--measure: the devices here ran out of memory"]
 
     # --- What would help --------------------------------------------------------------------------
     def change(overrides: dict[str, Any]) -> Any:
@@ -82,7 +88,7 @@ def main(
 
     # --- Out --------------------------------------------------------------------------------------
     print(describe(row, job, aim))
-    for note in experiment.without_effect(aim.chip.kind):
+    for note in [*experiment.without_effect(aim.chip.kind), *notes]:
         print(f"note: {note}")
     if json:
         write("json", json, dumps(row, indent=1) + "\n")

@@ -164,4 +164,6 @@ def workers(memory_each: int = 4 * 2**30) -> int:
     import psutil
 
     free = psutil.virtual_memory().available // memory_each
-    return max(1, min(len(os.sched_getaffinity(0)), free))
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(cores, free))

@@ -6,13 +6,12 @@ import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from config_border import has_config, read_config, write_config
 from config_types import plain
-from memory.plan import GIB, Row
+from memory.plan import GIB, Row, shown
 from memory.search import seconds, total_bytes, why, with_compiled
 
 GRADES = {"predict": "predicted", "compile": "compiled", "run": "measured"}  # by mode
@@ -123,11 +122,6 @@ def summary(rows: Sequence[Row], grade: str, top: int) -> str:
             f"needs {total_bytes(least) / GIB:.4g} GiB"
         )
     return "\n".join(lines)
-
-
-def shown(value: Any) -> str:
-    """A value as a command line takes it."""
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _beats(row: Row, best: Row) -> bool:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from memory_accuracy import make_job, read_cells  # noqa: E402
 
 from memory.constants import CONSTANTS, Constants  # noqa: E402
-from memory.predict import together  # noqa: E402
+from memory.predict import prediction_of  # noqa: E402
 from memory.terms import Terms  # noqa: E402
 from parallel.targets import parse_target  # noqa: E402
 
@@ -75,7 +75,7 @@ def main() -> None:
         constants = Constants(**dict(zip(bounds, map(float, values), strict=True)))
         total, temporaries = [], []
         for base, compiled in zip(bases, truth, strict=True):
-            prediction = together(base, constants)
+            prediction = prediction_of(base, constants)
             total.append(prediction.total_bytes / compiled["total_bytes"] - 1)
             temporaries.append(prediction.temporaries / compiled["temporaries"] - 1)
         return np.array(total), np.array(temporaries)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Constants:
-    """Factors of the terms in `memory/predict.py`; tensors are in the compute dtype.
+    """Factors of the terms in `memory/phases.py`; tensors are in the compute dtype.
 
     Attributes:
       logits: over what the loss head must hold: logits, their gradient and the table's.

@@ -24,6 +24,7 @@ class Counts:
         a causal kernel, the half it does. Elementwise work is left out.
       bytes_moved: between the device's memory and its cores, if every fusion reads its operands
         and writes its results once.
+      streamed_bytes: of these, what instructions move that are no product and no collective.
       collectives: equal ones at one place joined.
     """
 

@@ -1,6 +1,6 @@
 """What lives in each phase of a step: what must, and what the compiler adds while it works.
 
-    gather      ZeRO 2: weights as they arrive and as they are used
+    gather      ZeRO 1 and 2: weights as they arrive and as they are used
     loss        the head's table, its gradient, the logits of a chunk
     backward    gradients of the layers as they fill, and one layer's own tensors and weights
     embedding   the gradient of the lookup, whole before it is divided

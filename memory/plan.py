@@ -107,7 +107,7 @@ class Remedy:
 
     def flags(self) -> list[str]:
         """The change as a command line takes it."""
-        return [f"--{key}={_shown(value)}" for key, value in self.overrides.items()]
+        return [f"--{key}={shown(value)}" for key, value in self.overrides.items()]
 
     def __str__(self) -> str:
         change = " ".join(self.flags())
@@ -118,9 +118,11 @@ class Remedy:
 def candidates(job: Job, platform: str) -> Iterable[dict[str, Any]]:
     """Changes of one idea each that could make `job` smaller."""
     fsdp, data, tensor = (job.sizes[axis] for axis in ("fsdp", "data", "tensor"))
+    own = job.remat.policy == "custom"  # whose lists the presets do not take
+    lists: dict[str, Any] = {"config.remat.save": (), "config.remat.offload": ()} if own else {}
     for policy in ("attention", "dots", "full"):
         if job.remat.policy != policy:
-            yield {"config.remat.policy": policy}
+            yield {"config.remat.policy": policy} | lists
     if job.parallel.zero < 3 and fsdp > 1:
         yield {"config.parallel.zero": 3}
     if data > 1:
@@ -212,5 +214,6 @@ def budget_for(size: float) -> float:
     return math.ceil(size / GIB * parts) / parts
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a command line takes it."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,8 +1,8 @@
 """Bytes per device of a training step in closed form: no trace, no compiler, milliseconds.
 
-A step passes through phases (`memory/phases.py`); each holds the state, the saved activations
-(`memory/terms.py`, exact) and its own buffers, and the largest phase decides. docs/memory.md
-derives the terms.
+A step passes through phases (`memory/phases.py`), each with its own buffers beside the state and
+what else must be held (`memory/terms.py`, exact); the largest phase decides. docs/memory.md derives
+the terms.
 """
 
 from __future__ import annotations
@@ -45,23 +45,26 @@ class Prediction:
 
 def predict(job: Job, chip: Chip) -> Prediction:
     """What a step of `job` needs on each device, if it ran on devices like `chip`."""
-    return together(Terms(job, chip), CONSTANTS[chip.kind])
+    return prediction_of(Terms(job, chip), CONSTANTS[chip.kind])
 
 
-def together(terms: Terms, constants: Constants) -> Prediction:
+def prediction_of(terms: Terms, constants: Constants) -> Prediction:
     """The prediction of all terms with these constants."""
     parts = phases(terms, constants)
-    sums = {
-        name: max(0, int(constants.packing * sum(of.values()) - constants.on_chip * MIB))
-        for name, of in parts.items()
-    }
-    largest = max(sums, key=lambda name: sums[name])
+    sums = {}
+    for name, of in parts.items():
+        of["packing"] = int((constants.packing - 1) * sum(of.values()))
+        sums[name] = max(0, sum(of.values()) - int(constants.on_chip * MIB))
+    largest = max(parts, key=lambda name: (sums[name], sum(parts[name].values())))
+    # What a TPU keeps beside its cores may be a part of anything.
+    off_chip = sums[largest] / max(1, sum(parts[largest].values()))
+    temporaries = {name: int(off_chip * size) for name, size in parts[largest].items()}
+    temporaries["packing"] += sums[largest] - sum(temporaries.values())
     components = {"weights (master copy)": terms.master}
     for name, (stacked, outside) in terms.moments.items():
         components[f"optimizer: {name}"] = outside if terms.offloaded_state else stacked + outside
     components["batch"] = terms.batch
     arguments = sum(components.values())
-    components |= {name: size for name, size in parts[largest].items() if size}
-    components["packing"] = sums[largest] - sum(parts[largest].values())
+    components |= {name: size for name, size in temporaries.items() if size}
     offloaded = terms.offloaded_state + sum(terms.offloaded.values())
     return Prediction(components, sums, arguments, offloaded)

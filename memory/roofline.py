@@ -94,7 +94,7 @@ def step_time(job: Job, target: Target) -> StepTime:
     return _together(
         job,
         target,
-        compute=model_flops(job) * (1 + recomputed(job)) / (peak * ceilings.matrix),
+        compute=model_flops(job) * (1 + recomputed(job, terms.form)) / (peak * ceilings.matrix),
         memory=streamed_bytes(job, terms) / (chip.memory_bandwidth * ceilings.stream),
         links=communication_seconds(job, terms, target),
         host=_host_seconds(job, terms, target),
@@ -144,19 +144,31 @@ def _together(
 
 
 def model_flops(job: Job) -> float:
-    """FLOPs of the model on one device in a step, none of them repeated."""
+    """FLOPs of the model on one device in a step, none of them repeated; as if `tensor` divided
+    attention and head as it does the feed-forward, which the preset "megatron" does.
+    """
     tokens = job.tokens * job.micro_steps
     whole = flops_per_token(job.model, job.sequence_length) * tokens
     return whole / job.rules.parts("act_mlp")
 
 
-def recomputed(job: Job) -> float:
-    """FLOPs that the backward pass computes again, as a share of forward and backward."""
+def kept_names(job: Job) -> set[str]:
+    """The tensors that the remat policy keeps, here or on the host; "none" has no names."""
     remat = job.remat
-    if remat.policy == "none":
+    return set(
+        (*remat.save, *remat.offload) if remat.policy == "custom" else PRESETS[remat.policy] or ()
+    )
+
+
+def recomputed(job: Job, form: str) -> float:
+    """FLOPs that the backward pass computes again, as a share of forward and backward.
+
+    Args:
+      form: of attention; cuDNN's kernel keeps nothing that a policy could name.
+    """
+    if job.remat.policy == "none":
         return 0.0
-    names = (*remat.save, *remat.offload) if remat.policy == "custom" else PRESETS[remat.policy]
-    saved = set(names or ())
+    saved = kept_names(job)
     model = job.model
     D, F, H = model.embed_dim, model.mlp_dim, model.head_dim
     products = {  # output's name -> weights of the product that makes it
@@ -168,7 +180,9 @@ def recomputed(job: Job) -> float:
     } | ({"mlp_gate": D * F} if model.gated else {})
     again = sum(size for name, size in products.items() if name not in saved) * model.layers
     core = attention_flops_per_token(model, job.sequence_length) / 3
-    if {"attention_out", "attention_lse"} <= saved:
+    if form == "xla":  # two products: scores, and their sum over values
+        core *= 1.0 - 0.5 * ("attention_probs" in saved) - 0.5 * ("attention_out" in saved)
+    elif form != "cudnn" and {"attention_out", "attention_lse"} <= saved:
         core = 0.0
     whole = 6 * matrix_parameters(model) + attention_flops_per_token(model, job.sequence_length)
     return (2 * again + core) / whole
@@ -202,8 +216,9 @@ def communication_seconds(job: Job, terms: Terms, target: Target) -> dict[str, f
     # Two all-reduces a layer each way, or a gather and a scatter in place of each. Where the
     # forward pass is repeated: the one inside the layer; with a divided sequence the gathers
     # before products, too, be their outputs saved or not.
-    policy, sequence = job.remat.policy, job.parallel.sequence
-    again = 0 if policy == "none" else 2 if policy in ("dots", "attention") else 3
+    sequence = job.parallel.sequence
+    none = job.remat.policy == "none"
+    again = 0 if none else 2 if "attention_projection" in kept_names(job) else 3
     passes = 8 + (again if sequence else 2 * (again == 3))
     add("tensor", terms.narrow * job.model.layers, passes * micro)
     add("tensor", terms.narrow, (6 if sequence else 4) * micro)  # embedding and loss head

@@ -228,8 +228,8 @@ def form_for(
     if platform == "cpu" and length <= MOST_ROWS * BLOCK:
         return "rows"
     possible = platform in ("gpu", "cuda") and dtype in ("bfloat16", "float16")
-    refused = softcap or dropped or head_dim > LARGEST_HEAD or (biased and length > LONGEST_BIAS)
-    return "cudnn" if possible and not refused else "blocked"
+    too_large = biased and (head_dim > LARGEST_HEAD or length > LONGEST_BIAS)
+    return "cudnn" if possible and not (softcap or dropped or too_large) else "blocked"
 
 
 def attention_residuals(form: str, *, dropped: bool) -> list[Activation]:

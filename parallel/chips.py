@@ -179,8 +179,16 @@ CHIPS = {
 }
 
 
-# Relatives that run slower and are no targets: FLOP/s in bfloat16, by a part of `device_kind`.
-RELATIVES = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "TPU v4": 275e12}
+# Relatives with other figures, which are no targets: FLOP/s in bfloat16 by a part of device_kind.
+RELATIVES = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "GH200": 989e12,
+    "A100-SXM4-40GB": 312e12,
+    "A100-PCIE": 312e12,
+    "A100 80GB PCIe": 312e12,
+    "TPU v4": 275e12,
+}
 
 
 def chip_of(device_kind: str) -> Chip | None:

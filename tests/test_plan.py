@@ -140,6 +140,17 @@ def test_three_grades_stand_side_by_side(planned, compiler, monkeypatch):
     assert re.search(r"^step, predicted: .* tokens/s, MFU ", out, re.MULTILINE)
 
 
+def test_a_run_out_of_memory_leaves_the_other_grades(planned, monkeypatch):
+    def measure(job):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(memory.measured, "measure_step", measure)
+    out, row = planned("--measure")
+    assert list(table(out)) == ["predicted"]
+    assert row["measured"] is None
+    assert "note: --measure: the devices here ran out of memory" in out
+
+
 def test_nothing_is_compiled_or_run_unless_asked_for(planned, monkeypatch):
     monkeypatch.setattr(compile_for, "compile_for", None)
     monkeypatch.setattr(memory.measured, "measure_step", None)

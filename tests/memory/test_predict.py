@@ -128,22 +128,27 @@ def test_the_published_accuracy_is_what_the_code_reaches():
         assert now[key] >= said[key] - 0.05, f"{key}: better; write the table again"
 
 
-def test_what_does_not_fit_is_told_what_would():
+OWN_LISTS = {"remat.policy": "custom", "remat.save": ("query", "key", "mlp_up", "mlp_gate")}
+
+
+@pytest.mark.parametrize("given", [{}, OWN_LISTS], ids=["preset", "custom"])
+def test_what_does_not_fit_is_told_what_would(given):
     target = parse_target("gpu:h100:1x8")
-    big = experiment("llama3_8b", data__batch_size=64)
+    big = experiment("llama3_8b", data__batch_size=64, **given)
 
     def change(overrides):
         values = {key.removeprefix("config."): value for key, value in overrides.items()}
-        return experiment("llama3_8b", data__batch_size=64, **values).job()
+        return experiment("llama3_8b", data__batch_size=64, **(given | values)).job()
 
     job, limit = big.job(), target.chip.memory
     assert predict(job, target.chip).total_bytes > limit
     found = remedies(job, target, limit, change)
     assert found[0].fits
     assert [r.fits for r in found] == sorted((r.fits for r in found), reverse=True)
+    assert {"config.remat.policy"} <= set().union(*(r.overrides for r in found))
     for remedy in found:
         after = predict(change(remedy.overrides), target.chip).total_bytes
         assert after == predict(job, target.chip).total_bytes - remedy.saves
     all_of_it = together(job, target, 20 * 2**30, change)
-    assert all_of_it is not None
+    assert all_of_it.fits
     assert predict(change(all_of_it.overrides), target.chip).total_bytes <= 20 * 2**30

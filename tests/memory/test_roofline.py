@@ -16,6 +16,7 @@ from memory.hlo import parse
 from memory.hlo_costs import Counts, count
 from memory.job import Job
 from memory.roofline import CEILINGS, StepTime, counted_time, step_time
+from parallel.remat import DOTS
 from parallel.targets import parse_target
 
 TARGET = parse_target("cpu:8")
@@ -31,6 +32,12 @@ LAYOUTS = {
         "parallel.sequence": True,
     },
     "fsdp 8, remat dots": {"mesh.fsdp": 8, "remat.policy": "dots"},
+    "fsdp 2, tensor 4, products saved by name": {
+        "mesh.fsdp": 2,
+        "mesh.tensor": 4,
+        "remat.policy": "custom",
+        "remat.save": DOTS,
+    },
     "tensor 8, sequence, remat none": {
         "mesh.tensor": 8,
         "parallel.sequence": True,
