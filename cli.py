@@ -77,7 +77,7 @@ def run(
     debug = "--debug" in arguments
     try:
         _silence(debug)
-        _hide_cuda()
+        hide_cuda()
         options, config = parse(name, about, config_from, flags, arguments, needs_workdir)
         given = {flag.name: getattr(options, flag.name) for flag in flags}
         if needs_workdir:
@@ -243,7 +243,7 @@ def _silence(debug: bool) -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def _hide_cuda() -> None:
+def hide_cuda() -> None:
     """Where there is no NVIDIA GPU, keeps JAX from loading the plug-in for them.
 
     It is there to compile for GPUs elsewhere (extra gpu-target), in a process of its own; in this

@@ -201,8 +201,10 @@ def test_state_bytes_between_steps_are_the_compiled_arguments_less_the_batch(siz
 # train.py, in a process of its own, with something planted into what it calls after a step.
 PLANTED = """
 import sys
+import cli
+cli.hide_cuda()  # as the command line does, before JAX
 import jax.numpy as jnp
-import cli, train
+import train
 from training.metrics import Metrics
 
 what, *argv = sys.argv[1:]
