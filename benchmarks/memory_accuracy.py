@@ -38,6 +38,11 @@ GPU = ("gpu:h100:1x8", "gpu:h100:2x8", "gpu:h100:8x8", "gpu:h100:64x8")
 TPU = ("tpu:v5e:2x4", "tpu:v5e:4x4", "tpu:v5p:2x2x2", "tpu:v5p:4x4x4", "tpu:v6e:2x4", "tpu:v6e:4x4")
 # Gemma's pattern of six layers takes the compilers ten times as long: drawn half as often.
 SHAPES = ("gpt2_124m", "qwen3_0_6b", "llama3_8b", "llama3_70b") * 2 + ("gemma3_1b",)
+# What is kept of a compiler's answer.
+SIZES = (
+    *("status", "error", "total_bytes", "arguments", "outputs", "temporaries", "aliases", "code"),
+    *("host_bytes", "lower_seconds", "compile_seconds", "out_of_memory"),
+)
 # Devices from which on a shape is worth drawing: the state alone must fit in a few of them.
 LEAST_DEVICES = {"llama3_8b": 8, "llama3_70b": 64}
 
@@ -125,8 +130,9 @@ def compile_cells(todo: list[dict[str, Any]], file: Path, timeout: float) -> Non
     for cell in todo:
         config = plain(make_config(cell["shape"], cell["overrides"]))
         compiled = compile_for(config, parse_target(cell["target"]), timeout=timeout)
+        kept = {name: compiled[name] for name in SIZES if name in compiled}
         with file.open("a") as out:
-            out.write(json.dumps(cell | {"compiled": compiled}) + "\n")
+            out.write(json.dumps(cell | {"compiled": kept}) + "\n")
         size = compiled.get("total_bytes", 0) / 2**30
         print(cell["target"], cell["shape"], compiled["status"], f"{size:.2f} GiB", flush=True)
 
@@ -243,7 +249,8 @@ SOURCE = (
     "Written by `python benchmarks/memory_accuracy.py --out=docs/memory-accuracy`; every cell's "
     "raw figures are in cells.jsonl. Bytes per device; the compiler's are arguments + outputs + "
     "temporaries - aliases. Where it refused a program for want of memory, its own figure of the "
-    "temporaries counts. The fitted constants have seen none of these cells."
+    "temporaries counts; cells on which a compiler itself failed are in the file and not here. The "
+    "fitted constants have seen none of these cells."
 )
 
 
