@@ -12,6 +12,7 @@ import pytest
 
 from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
+from parallel.schedule_kinds import FORMS
 from tests.small import DECODER, initial_params, layout
 from training.step import loss_and_grads
 
@@ -63,3 +64,33 @@ def pipelined(schedule="1f1b", form="", microbatches=MICROBATCHES, config=DEEP, 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_two_stages(schedule):
     assert_same(pipelined(schedule, pipe=2, remat="full"), one_device())
+
+
+MESHES = [
+    dict(pipe=4),
+    dict(pipe=2, data=2),
+    dict(pipe=2, fsdp=2, zero=1),
+    dict(pipe=2, fsdp=2, zero=2),
+    dict(pipe=2, fsdp=2, zero=3),
+    dict(pipe=2, tensor=2),
+    dict(pipe=2, tensor=2, sequence=True),
+    dict(pipe=4, tensor=2, sequence=True),
+    dict(pipe=2, data=2, fsdp=2, zero=2),
+    dict(pipe=2, fsdp=2, tensor=2, zero=3, sequence=True),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_stages_beside_other_axes(mesh, schedule):
+    assert_same(pipelined(schedule, remat="full", **mesh), one_device())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "form"),
+    [(s, f) for s, forms in FORMS.items() for f in forms],
+)
+def test_every_table(schedule, form):
+    assert_same(pipelined(schedule, form, pipe=2, remat="full"), one_device())
