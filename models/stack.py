@@ -70,7 +70,7 @@ class Stack(nnx.Module):
           The carry after the last layer.
         """
         graph, state = nnx.split(self.blocks)
-        # Outside of a pipeline's stages (evaluation) layers that are divided over them are gathered.
+        # Outside of a pipeline's stages (in evaluation) layers divided over them are gathered.
         weights = jax.tree.map(_whole_layers, nnx.to_pure_dict(state))
 
         number = len(jax.tree.leaves(weights)[0])

@@ -88,23 +88,23 @@ class Cut:
     layers: int
     period: int = 1
 
-    def check(self, schedule: Schedule) -> None:
-        """Refuses a schedule whose chunks are not equal or not whole periods.
 
-        Raises:
-          ValueError: naming config.model.layers.
-        """
-        unit = schedule.positions * self.period
-        if self.layers % unit:
-            what = f"config.mesh.pipe = {schedule.stages}"
-            if schedule.chunks > 1:
-                what += f" x {schedule.chunks} chunks a stage"
-            if self.period > 1:
-                what += f" x {self.period} kinds in config.model.pattern"
-            raise ValueError(
-                f"config.model.layers = {self.layers} does not divide by {what}; choose a multiple "
-                f"of {unit}"
-            )
+def check_layers(schedule: Schedule, layers: int, period: int = 1) -> None:
+    """Refuses a schedule whose chunks would not be equal, or not whole periods of layer kinds.
+
+    Raises:
+      ValueError: naming config.model.layers.
+    """
+    unit = schedule.positions * period
+    if layers % unit:
+        what = f"config.mesh.pipe = {schedule.stages}"
+        if schedule.chunks > 1:
+            what += f" x {schedule.chunks} chunks a stage"
+        if period > 1:
+            what += f" x {period} kinds in config.model.pattern"
+        raise ValueError(
+            f"config.model.layers = {layers} does not divide by {what}; choose a multiple of {unit}"
+        )
 
 
 Sums = tuple[jax.Array, dict[str, jax.Array]]
@@ -138,6 +138,8 @@ def run_pipeline(
       The loss's sums over micro-batches, and the gradients, divided as `rules.of_gradient`.
     """
     program = make_program(schedule, INPUTS)
+    names: list[str]
+    tree: Any
     names, tree = jax.tree.flatten(axes)
     stacked = [name.split()[0] == "layers" for name in names]
     by_stage = tree.unflatten([P(PIPE) if own else P() for own in stacked])
@@ -180,6 +182,7 @@ def _reordered(tree: Tree | None, stacked: list[bool], order: np.ndarray) -> Tre
     """Stacked arrays in another order of layers: what moves goes from stage to stage."""
     if tree is None:
         return None
+    structure: Any
     arrays, structure = jax.tree.flatten(tree)
 
     def taken(array: jax.Array) -> jax.Array:

@@ -6,9 +6,9 @@ without dividing the activations' `act_embed`.
 
 A parameter is declared as `"embed -> heads head_dim"`: the dims before the arrow are contracted,
 the rest are produced. Vectors (gains, biases) have no arrow. Stacked layers put `layers` first;
-that axis is scanned, and `pipe` alone divides it: each stage of a pipeline scans its own layers. Of the
-parameters outside the stack, `pipe` divides the tables between steps (`TABLES`); while they are used,
-every stage has them whole, so this saves the master copy, the moments and the sum of gradients.
+that axis is scanned, and `pipe` alone divides it: each stage of a pipeline scans its own layers. Of
+the parameters outside the stack, `pipe` divides the tables between steps (`TABLES`): their master
+copy and moments. While they are used every stage has them whole.
 
 ZeRO (`config.parallel.zero`, over the fsdp axis; Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054):
 
@@ -97,11 +97,13 @@ class ParallelConfig:
             if name not in MEGATRON:
                 raise ValueError(f"{key}: no such logical name; there are {', '.join(MEGATRON)}")
             if name == "layers" and axes:
-                raise ValueError(f"{key} = {axes}: config.mesh.pipe alone divides the layers")
+                raise ValueError(f"{key} = {axes}: it carries no mesh axis but pipe, by itself")
             if isinstance(axes, str) or not set(axes) <= set(AXES):
                 raise ValueError(f"{key} = {axes!r}: a list of mesh axes of {', '.join(AXES)}")
             if PIPE in axes:
-                raise ValueError(f"{key} = {axes!r}: config.mesh.pipe divides layers and tables alone")
+                raise ValueError(
+                    f"{key} = {axes!r}: config.mesh.pipe divides layers and tables alone"
+                )
             if len(set(axes)) != len(tuple(axes)):
                 raise ValueError(f"{key} = {axes!r}: a mesh axis may be named once")
             if name == "batch" and not {"data", FSDP} <= set(axes):

@@ -99,6 +99,26 @@ BAD_KEYS = {
     "data.batch_size=0": ("config.data.batch_size = 0", "at least 1"),
     "train.grad_accumulation=3": ("config.train.grad_accumulation = 3", "multiple of 3"),
     "train.grad_accumulation=2": ("config.train.grad_accumulation = 8 / 2", "multiple of 8"),
+    "mesh.pipe=2 model.layers=3": ("config.model.layers = 3", "config.mesh.pipe = 2", "of 2"),
+    "mesh.pipe=2 pipeline.schedule=interleaved model.layers=6": (
+        "config.model.layers = 6",
+        "config.mesh.pipe = 2 x 2 chunks",
+        "multiple of 4",
+    ),
+    "mesh.pipe=2 pipeline.schedule=gpip": ("config.pipeline.schedule = 'gpip'", "gpipe"),
+    "mesh.pipe=2 pipeline.form=lien": ("config.pipeline.form = 'lien'", "lean"),
+    "mesh.pipe=2 pipeline.chunks=3 model.layers=6": ("config.pipeline.chunks = 3", "wants 1"),
+    "mesh.pipe=2 pipeline.microbatches=3": ("config.pipeline.microbatches = 3", "multiple of 3"),
+    "mesh.pipe=8 pipeline.microbatches=4 model.layers=8": (
+        "config.pipeline.microbatches = 4",
+        "at least 8",
+    ),
+    "pipeline.microbatches=0": ("config.pipeline.microbatches = 0", "at least 1"),
+    "mesh.pipe=2 train.grad_accumulation=2": (
+        "config.train.grad_accumulation = 2",
+        "config.pipeline.microbatches",
+    ),
+    "mesh.pipe=2 parallel.rules={'embed': ['pipe']}": ("config.parallel.rules.embed", "pipe"),
     "mesh.tensor=8 model.heads=4 model.kv_heads=4": (
         "config.model.heads = 4",
         "config.mesh.tensor = 8",

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from parallel.mesh import PIPE
-from parallel.pipeline import run_pipeline
+from parallel.pipeline import check_layers, run_pipeline
 from parallel.precision import PrecisionConfig
 from parallel.zero import laid_out
 from training.micro_batches import Batch, means, split, token_weights
@@ -27,9 +27,10 @@ def pipelined_loss_and_grads(
         divide into its chunks.
     """
     cut, pipeline, rules = model.cut, model.pipeline, model.rules
-    assert cut is not None and pipeline is not None
+    assert cut is not None
+    assert pipeline is not None
     schedule = pipeline.table(rules.size((PIPE,)), microbatches)
-    cut.check(schedule)
+    check_layers(schedule, cut.layers, cut.period)
 
     def of_batch(
         params: Tree, batch: Batch, key: jax.Array | None, scale: jax.Array

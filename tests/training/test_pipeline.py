@@ -28,7 +28,9 @@ def step(microbatches=MICROBATCHES, config=DEEP, precision=FLOAT32, scale=1.0, *
         grads_of = jax.jit(loss_and_grads(laid.model, precision, microbatches))
         params = laid.params(initial_params(config))
         sums, grads = grads_of(params, laid.batch(), jax.random.key(7), jnp.float32(scale))
-        for grad, names in zip(jax.tree.leaves(grads), jax.tree.leaves(laid.model.axes), strict=True):
+        for grad, names in zip(
+            jax.tree.leaves(grads), jax.tree.leaves(laid.model.axes), strict=True
+        ):
             assert jax.typeof(grad).sharding.spec == laid.model.rules.of_gradient(names, grad.shape)
         return jax.tree.map(np.asarray, (sums, grads))
 
