@@ -198,9 +198,9 @@ def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
             f"config.checkpoint.best = {best!r}: choose one of {', '.join(RESULTS)}; the step "
             f"with the lowest is kept"
         )
-    experiment.rules()
     if experiment.staged:
         check_pipeline(experiment)
+    experiment.rules()
     return experiment
 
 

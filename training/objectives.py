@@ -9,9 +9,10 @@ from flax import nnx
 
 from models.config import DecoderConfig
 from models.decoder import Decoder, logical_axes
-from parallel.pipeline import Cut, PipelineConfig
+from parallel.pipeline import PipelineConfig
 from parallel.remat import RematConfig
 from parallel.rules import Rules
+from parallel.stage import Cut
 from training.losses import LossConfig, cross_entropy
 from training.state import Model
 
@@ -80,5 +81,6 @@ def causal_lm(
         loss=last_loss,
         layers=config.layers,
         period=len(config.pattern),
+        inputs=remat.policy == "full",
     )
     return Model(init, axes, weighted_loss, rules, cut, pipeline)
