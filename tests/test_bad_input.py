@@ -79,7 +79,6 @@ BAD_KEYS = {
     "mesh.fsdp=-1": ("config.mesh.fsdp = -1", "config.mesh.data is -1 already"),
     "mesh.tensor=0": ("config.mesh.tensor = 0", "at least 1, or -1"),
     "mesh.tensor=-2": ("config.mesh.tensor = -2", "at least 1, or -1"),
-    "mesh.pipe=2": ("config.mesh.pipe = 2", "not built yet; only 1"),
     "mesh.context=2": ("config.mesh.context = 2", "not built yet; only 1"),
     "mesh.expert=2": ("config.mesh.expert = 2", "not built yet; only 1"),
     # layout
@@ -108,13 +107,16 @@ BAD_KEYS = {
     "mesh.pipe=2 pipeline.schedule=gpip": ("config.pipeline.schedule = 'gpip'", "gpipe"),
     "mesh.pipe=2 pipeline.form=lien": ("config.pipeline.form = 'lien'", "lean"),
     "mesh.pipe=2 pipeline.chunks=3 model.layers=6": ("config.pipeline.chunks = 3", "wants 1"),
-    "mesh.pipe=2 pipeline.microbatches=3": ("config.pipeline.microbatches = 3", "multiple of 3"),
+    "mesh.pipe=2 model.layers=4 pipeline.microbatches=3": (
+        "config.pipeline.microbatches = 3",
+        "multiple of 3",
+    ),
     "mesh.pipe=8 pipeline.microbatches=4 model.layers=8": (
         "config.pipeline.microbatches = 4",
         "at least 8",
     ),
     "pipeline.microbatches=0": ("config.pipeline.microbatches = 0", "at least 1"),
-    "mesh.pipe=2 train.grad_accumulation=2": (
+    "mesh.pipe=2 model.layers=4 train.grad_accumulation=2": (
         "config.train.grad_accumulation = 2",
         "config.pipeline.microbatches",
     ),

@@ -63,9 +63,9 @@ def pipelined(schedule="1f1b", form="", microbatches=MICROBATCHES, config=DEEP, 
     return step(microbatches, config, pipeline=pipeline, **kind)
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_two_stages(schedule):
-    assert_same(pipelined(schedule, pipe=2, remat="full"), one_device())
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_two_stages(remat):
+    assert_same(pipelined("1f1b", pipe=2, remat=remat), one_device())
 
 
 MESHES = [
@@ -83,16 +83,45 @@ MESHES = [
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "none"])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_stages_beside_other_axes(mesh, schedule):
-    assert_same(pipelined(schedule, remat="full", **mesh), one_device())
+def test_stages_beside_other_axes(mesh, schedule, remat):
+    assert_same(pipelined(schedule, remat=remat, **mesh), one_device())
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "none", "dots", "attention"])
 @pytest.mark.parametrize(
-    ("schedule", "form"),
-    [(s, f) for s, forms in FORMS.items() for f in forms],
+    ("schedule", "form"), [(s, f) for s, forms in FORMS.items() for f in forms]
 )
-def test_every_table(schedule, form):
-    assert_same(pipelined(schedule, form, pipe=2, remat="full"), one_device())
+def test_every_table(schedule, form, remat):
+    assert_same(pipelined(schedule, form, pipe=2, remat=remat), one_device())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "none"])
+@pytest.mark.parametrize("schedule", ["interleaved", "zb_h1", "zb_v"])
+def test_chunks_and_weight_gradients_apart_beside_other_axes(schedule, remat):
+    mesh = dict(pipe=2, fsdp=2, tensor=2, zero=3, sequence=True)
+    assert_same(pipelined(schedule, remat=remat, **mesh), one_device())
+
+
+# A head of its own, learned positions, layer norm after each sum, and layers of two kinds.
+OTHER = replace(
+    DEEP,
+    tied=False,
+    positions="learned",
+    max_length=32,
+    norm="layer",
+    norm_position="post",
+    window=4,
+    pattern=("local", "global"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_another_decoder(remat):
+    got = pipelined(config=OTHER, pipe=2, fsdp=2, zero=2, remat=remat)
+    assert_same(got, one_device(config=OTHER))
