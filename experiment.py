@@ -216,5 +216,15 @@ def check_pipeline(experiment: Experiment) -> None:
             f"config.train.grad_accumulation = {accumulation}: with config.mesh.pipe = "
             f"{experiment.mesh.pipe} config.pipeline.microbatches divides a batch; set it to 1"
         )
+    if experiment.optimizer.offload:  # it loops over layers, which are divided over stages
+        raise ValueError(
+            f"config.optimizer.offload = True: not built for config.mesh.pipe = "
+            f"{experiment.mesh.pipe}; set it to False, or the pipe axis to 1"
+        )
+    if experiment.layout == "auto":
+        raise ValueError(
+            f"config.layout = 'auto': the search has no pipelines; with config.mesh.pipe = "
+            f"{experiment.mesh.pipe} it is 'given'"
+        )
     schedule = experiment.pipeline.table(experiment.mesh.pipe)
     check_layers(schedule, experiment.model.layers, len(experiment.model.pattern))

@@ -97,9 +97,7 @@ class ParallelConfig:
             if name not in MEGATRON:
                 raise ValueError(f"{key}: no such logical name; there are {', '.join(MEGATRON)}")
             if name == "layers" and axes:
-                raise ValueError(
-                    f"{key} = {axes}: the scanned layers carry no mesh axis but {PIPE}"
-                )
+                raise ValueError(f"{key} = {axes}: only {PIPE} divides the scanned layers")
             if isinstance(axes, str) or not set(axes) <= set(AXES):
                 raise ValueError(f"{key} = {axes!r}: a list of mesh axes of {', '.join(AXES)}")
             if PIPE in axes:

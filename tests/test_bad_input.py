@@ -89,7 +89,7 @@ BAD_KEYS = {
     "parallel.rules={'embd': ['fsdp']}": ("config.parallel.rules.embd", "embed"),
     "parallel.rules={'embed': ['fspd']}": ("config.parallel.rules.embed = ('fspd',)", "fsdp"),
     "parallel.rules={'embed': 'fsdp'}": ("config.parallel.rules.embed = 'fsdp'", "a list"),
-    "parallel.rules={'layers': ['fsdp']}": ("config.parallel.rules.layers", "no mesh axis"),
+    "parallel.rules={'layers': ['fsdp']}": ("config.parallel.rules.layers", "only pipe"),
     "parallel.rules={'seq': ['data']}": ("config.parallel.rules", "twice", "data"),
     "parallel.rules={'embed': ['tensor']}": ("config.parallel.rules", "twice", "tensor"),
     "parallel.rules={'head_dim': ['tensor']}": ("config.parallel.rules", "twice", "tensor"),
@@ -120,6 +120,8 @@ BAD_KEYS = {
         "config.train.grad_accumulation = 2",
         "config.pipeline.microbatches",
     ),
+    "mesh.pipe=2 optimizer.offload=true": ("config.optimizer.offload", "config.mesh.pipe = 2"),
+    "mesh.pipe=2 layout=auto": ("config.layout = 'auto'", "config.mesh.pipe = 2"),
     "mesh.pipe=2 parallel.rules={'embed': ['pipe']}": ("config.parallel.rules.embed", "pipe"),
     "mesh.tensor=8 model.heads=4 model.kv_heads=4": (
         "config.model.heads = 4",
