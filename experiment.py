@@ -12,6 +12,7 @@ from memory.job import Job
 from memory.plan import MemoryConfig
 from models.config import DecoderConfig
 from parallel.mesh import MeshConfig
+from parallel.pipeline import PipelineConfig, check_layers
 from parallel.precision import PrecisionConfig
 from parallel.remat import RematConfig
 from parallel.rules import ParallelConfig, Rules, make_rules
@@ -57,6 +58,7 @@ class Experiment:
     model: DecoderConfig
     mesh: MeshConfig
     parallel: ParallelConfig
+    pipeline: PipelineConfig
     precision: PrecisionConfig
     remat: RematConfig
     data: DataConfig
@@ -68,16 +70,27 @@ class Experiment:
     logging: LoggingConfig
     memory: MemoryConfig
 
+    @property
+    def staged(self) -> bool:
+        """Whether the layers are divided over the stages of a pipeline."""
+        return self.mesh.pipe > 1
+
+    @property
+    def micro_steps(self) -> int:
+        """Parts of a step's batch whose gradients are summed."""
+        return self.pipeline.microbatches if self.staged else self.train.grad_accumulation
+
     def rules(self) -> Rules:
         """The layout, every divided dim checked."""
-        batch, micro = self.data.batch_size, self.train.grad_accumulation
+        batch, micro = self.data.batch_size, self.micro_steps
+        of = "pipeline.microbatches" if self.staged else "train.grad_accumulation"
         if batch % micro:
             raise ValueError(
-                f"config.data.batch_size = {batch} does not divide by "
-                f"config.train.grad_accumulation = {micro}; choose a multiple of {micro}"
+                f"config.data.batch_size = {batch} does not divide by config.{of} = {micro}; "
+                f"choose a multiple of {micro}"
             )
         key = "config.data.batch_size" + (
-            f" / config.train.grad_accumulation = {batch} / {micro}" if micro > 1 else ""
+            f" / config.{of} = {batch} / {micro}" if micro > 1 else ""
         )
         dims = self.model.dims() | {
             "batch": (batch // micro, key),
@@ -87,7 +100,8 @@ class Experiment:
 
     def build_model(self) -> Model:
         """The model as pure functions under this layout; call it inside `jax.set_mesh`."""
-        return causal_lm(self.model, self.loss, self.rules(), self.remat)
+        pipeline = self.pipeline if self.staged else None
+        return causal_lm(self.model, self.loss, self.rules(), self.remat, pipeline)
 
     def job(self) -> Job:
         """The training step, for the planner."""
@@ -101,9 +115,10 @@ class Experiment:
             loss=self.loss,
             batch_size=self.data.batch_size,
             sequence_length=self.data.sequence_length,
-            micro_steps=self.train.grad_accumulation,
+            micro_steps=self.micro_steps,
             steps=self.train.steps,
             rules=self.rules(),
+            pipeline=self.pipeline if self.staged else None,
         )
 
     def describe_layout(self) -> str:
@@ -114,6 +129,9 @@ class Experiment:
             parts.append(f"zero {self.parallel.zero}")
         if self.parallel.sequence:
             parts.append("sequence parallel")
+        if self.staged:
+            name = self.pipeline.table(self.mesh.pipe).name
+            parts.append(f"{name} of {self.micro_steps} micro-batches")
         parts.append(f"remat {self.remat.policy}")
         precision = self.precision
         same = precision.params == precision.compute
@@ -133,7 +151,7 @@ class Experiment:
             notes.append(
                 "config.optimizer.offload has no effect: XLA:CPU keeps everything in host memory"
             )
-        if self.precision.accumulate != "float32" and self.train.grad_accumulation == 1:
+        if self.precision.accumulate != "float32" and self.micro_steps == 1 and not self.staged:
             notes.append(
                 "config.precision.accumulate has no effect: config.train.grad_accumulation is 1"
             )
@@ -156,6 +174,7 @@ def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
         model=build(DecoderConfig, config.model, "config.model"),
         mesh=build(MeshConfig, config.mesh, "config.mesh").resolve(device_count),
         parallel=build(ParallelConfig, config.parallel, "config.parallel"),
+        pipeline=build(PipelineConfig, config.pipeline, "config.pipeline"),
         precision=build(PrecisionConfig, config.precision, "config.precision"),
         remat=build(RematConfig, config.remat, "config.remat"),
         data=build(DataConfig, config.data, "config.data"),
@@ -179,5 +198,33 @@ def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
             f"config.checkpoint.best = {best!r}: choose one of {', '.join(RESULTS)}; the step "
             f"with the lowest is kept"
         )
+    if experiment.staged:
+        check_pipeline(experiment)
     experiment.rules()
     return experiment
+
+
+def check_pipeline(experiment: Experiment) -> None:
+    """Refuses stages that the schedule, the layers or other sections do not allow.
+
+    Raises:
+      ValueError: naming the key, its value and what would be right.
+    """
+    accumulation = experiment.train.grad_accumulation
+    if accumulation != 1:
+        raise ValueError(
+            f"config.train.grad_accumulation = {accumulation}: with config.mesh.pipe = "
+            f"{experiment.mesh.pipe} config.pipeline.microbatches divides a batch; set it to 1"
+        )
+    if experiment.optimizer.offload:  # it loops over layers, which are divided over stages
+        raise ValueError(
+            f"config.optimizer.offload = True: not built for config.mesh.pipe = "
+            f"{experiment.mesh.pipe}; set it to False, or the pipe axis to 1"
+        )
+    if experiment.layout == "auto":
+        raise ValueError(
+            f"config.layout = 'auto': the search has no pipelines; with config.mesh.pipe = "
+            f"{experiment.mesh.pipe} it is 'given'"
+        )
+    schedule = experiment.pipeline.table(experiment.mesh.pipe)
+    check_layers(schedule, experiment.model.layers, len(experiment.model.pattern))

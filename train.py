@@ -100,7 +100,7 @@ def train(config: Any, workdir: Path) -> None:
             schedule,
             experiment.precision,
             seed=experiment.seed,
-            micro_steps=settings.grad_accumulation,
+            micro_steps=experiment.micro_steps,
         )
         jitted = jax.jit(step_fn, donate_argnums=0)
         compiled: dict[int, Callable[..., Any]] = {}  # by sequence length: one, or one a bucket

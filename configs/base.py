@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
     config.mesh = mesh = ConfigDict()  # parallel/mesh.py; the product is the number of devices
     mesh.data = -1  # copies of the model, each on its part of the batch; -1: what is left
     mesh.fsdp = 1  # as data, and parameters and optimizer state are divided too (parallel.zero)
-    mesh.pipe = 1  # pipeline stages; only 1 for now
+    mesh.pipe = 1  # pipeline stages, each with its part of the layers
     mesh.context = 1  # parts of the sequence; only 1 for now
     mesh.expert = 1  # groups of experts; only 1 for now
     mesh.tensor = 1  # parts of every layer: heads, feed-forward, vocabulary
@@ -72,6 +72,16 @@ def get_config() -> ConfigDict:
     parallel.sequence = False  # the residual stream's sequence is divided over tensor
     parallel.preset = "megatron"  # megatron | mlp | whole_vocab: which dims tensor divides
     parallel.rules = ConfigDict()  # single rows of that table, such as {"embed": ["fsdp"]}
+
+    config.pipeline = pipeline = (
+        ConfigDict()
+    )  # parallel/pipeline.py; of no effect without mesh.pipe
+    pipeline.schedule = "1f1b"  # gpipe | 1f1b | interleaved | zb_h1 | zb_v
+    pipeline.microbatches = 8  # parts of a step's batch; its gradient accumulation, too
+    pipeline.chunks = 0  # of a stage's layers; 0: 2 for interleaved and zb_v, else 1
+    pipeline.form = (
+        ""  # wide | lean | single: bubble against buffers; empty: what suits the schedule
+    )
 
     config.precision = precision = (
         ConfigDict()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from models.config import DecoderConfig
 from parallel.mesh import MeshConfig
+from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
 from parallel.remat import RematConfig
 from parallel.rules import ParallelConfig, Rules
@@ -41,6 +42,7 @@ class Job:
     micro_steps: int
     steps: int
     rules: Rules
+    pipeline: PipelineConfig | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -59,7 +61,7 @@ class Job:
 
     def build(self) -> tuple[Model, Optimizer, Step]:
         """Model, optimizer and step as pure functions; call it inside `jax.set_mesh`."""
-        model = causal_lm(self.model, self.loss, self.rules, self.remat)
+        model = causal_lm(self.model, self.loss, self.rules, self.remat, self.pipeline)
         optimizer = make_optimizer(self.optimizer, self.steps, model.axes)
         schedule = make_schedule(self.optimizer, self.steps)
         step = make_step(

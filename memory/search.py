@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from memory.plan import GIB, Row, budget_for
-from parallel.mesh import AXES, NOT_BUILT_YET
+from parallel.mesh import AXES, NOT_BUILT_YET, PIPE
 from parallel.remat import DOTS, PRESETS
 from parallel.targets import Target
 
@@ -63,8 +63,8 @@ def layouts(
 
 
 def meshes(devices: int) -> Iterator[dict[str, int]]:
-    """All ways to write `devices` as a product over the mesh axes that are built."""
-    axes = [axis for axis in AXES if axis not in NOT_BUILT_YET]
+    """All ways to write `devices` as a product over the mesh axes that can be planned for."""
+    axes = [axis for axis in AXES if axis not in (*NOT_BUILT_YET, PIPE)]
 
     def divide(left: int, names: list[str]) -> Iterator[dict[str, int]]:
         if len(names) == 1:

@@ -76,35 +76,58 @@ class Decoder(nnx.Module):
         Returns:
           x_BTD in compute dtype, the whole sequence on every device of `tensor`.
         """
-        config, rules = self.config, self.rules
-        rows = Rows(batch["segments"], batch["positions"])
-        embed_key, blocks_key = (None, None) if key is None else jax.random.split(key)
+        return self.finish(self.run_blocks(self.embed(batch, key), batch, key))
 
+    def embed(self, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> jax.Array:
+        """The first x_BTD of the residual stream."""
+        config, rules = self.config, self.rules
+        positions = batch["positions"]
         x_BTD = take(gathered(self.embedding, rules), batch["tokens"], rules)
         if config.embed_scale:
             x_BTD = x_BTD * jnp.asarray(config.embed_dim**0.5, x_BTD.dtype)
         if self.position is not None:
-            x_BTD = x_BTD + take(gathered(self.position, rules), rows.positions, rules)
+            x_BTD = x_BTD + take(gathered(self.position, rules), positions, rules)
         if config.positions == "sinusoidal":
             x_BTD = x_BTD + jax.reshard(
-                sinusoidal(rows.positions, config.embed_dim).astype(x_BTD.dtype),
+                sinusoidal(positions, config.embed_dim).astype(x_BTD.dtype),
                 rules.spec(RESIDUAL),
             )
-        x_BTD = dropout(x_BTD, config.dropout, embed_key, rules, RESIDUAL)
+        return dropout(x_BTD, config.dropout, _keys(key)[0], rules, RESIDUAL)
+
+    def run_blocks(
+        self,
+        x_BTD: jax.Array,
+        batch: Mapping[str, jax.Array],
+        key: jax.Array | None = None,
+        first: int | jax.Array = 0,
+    ) -> jax.Array:
+        """The residual stream after the blocks that the stack's weights are of, see `Stack.run`."""
+        rows = Rows(batch["segments"], batch["positions"])
 
         def apply(block: Block, x_BTD: jax.Array, key: jax.Array | None, kind: str) -> jax.Array:
             return block(x_BTD, rows, key, local=kind == "local")
 
-        x_BTD = self.stack.run(apply, x_BTD, blocks_key)
+        return self.stack.run(apply, x_BTD, _keys(key)[1], first)
+
+    def finish(self, x_BTD: jax.Array) -> jax.Array:
+        """Hidden features, of the residual stream after the last block."""
         if self.final_norm is not None:
             x_BTD = self.final_norm(x_BTD)
-        return jax.reshard(x_BTD, rules.spec("batch seq act_embed"))
+        return jax.reshard(x_BTD, self.rules.spec("batch seq act_embed"))
 
     def head(self) -> Head:
         """The weight of the loss head, in the model's layout (the loss gathers it over fsdp)."""
         if self.head_weight is None:
             return Head(joined(self.embedding.get_value()), self.embedding.axes)
         return Head(joined(self.head_weight.get_value()), self.head_weight.axes)
+
+
+def _keys(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """The keys of the embedding and of the blocks."""
+    if key is None:
+        return None, None
+    embed_key, blocks_key = jax.random.split(key)
+    return embed_key, blocks_key
 
 
 def take(table_VD: jax.Array, index_BT: jax.Array, rules: Rules) -> jax.Array:

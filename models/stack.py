@@ -55,22 +55,27 @@ class Stack(nnx.Module):
         apply: Callable[[Any, Any, jax.Array | None, Any], Any],
         carry: Any,
         key: jax.Array | None = None,
+        first: int | jax.Array = 0,
     ) -> Any:
-        """Runs the blocks in order.
+        """Runs the blocks in order: all of them, or those that the weights are of.
 
         Args:
           apply: (block, carry, key of the layer, kind of the layer) -> carry.
           carry: any tree of arrays, the residual stream at least.
           key: folded with the layer's number, so that it knows nothing of loops; None stays None.
+          first: the number of the first of these layers in the model, a multiple of the pattern's
+            period.
 
         Returns:
           The carry after the last layer.
         """
         graph, state = nnx.split(self.blocks)
-        weights = nnx.to_pure_dict(state)
+        # Outside of a pipeline's stages (in evaluation) layers divided over them are gathered.
+        weights = jax.tree.map(_whole_layers, nnx.to_pure_dict(state))
 
+        number = len(jax.tree.leaves(weights)[0])
         pattern, period = self.pattern, len(self.pattern)
-        periods = self.layers // period
+        periods = number // period
         looped = periods > self.unroll  # else the scan is no loop in the compiled program
 
         def run_layer(
@@ -94,12 +99,17 @@ class Stack(nnx.Module):
                 carry = run_layer(carry, xs, kind, place, looped)
             return carry, None
 
-        layers = weights, jnp.arange(self.layers)
+        layers = weights, first + jnp.arange(number)
         xs = layers if period == 1 else jax.tree.map(partial(split_periods, period=period), layers)
         carry, _ = jax.lax.scan(body, carry, xs, unroll=self.unroll)
-        for place in range(periods * period, self.layers):
+        for place in range(periods * period, number):
             carry = run_layer(carry, layers, pattern[place % period], place, looped=False)
         return carry
+
+
+def _whole_layers(array: jax.Array) -> jax.Array:
+    spec = jax.typeof(array).sharding.spec
+    return jax.reshard(array, jax.P(None, *spec[1:])) if spec and spec[0] else array
 
 
 def split_periods(array: jax.Array, period: int) -> jax.Array:

@@ -7,7 +7,7 @@ everywhere and keeps a slice: twice the traffic, and the whole array in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -26,40 +26,60 @@ def contract(equation: str, a: jax.Array, b: jax.Array, spec: P) -> jax.Array:
 
 
 def contract_partial(equation: str, a: jax.Array, b: jax.Array, spec: P) -> jax.Array:
-    """The same before its sum over devices: each holds its own share, and the type says so."""
+    """The same before its sum over devices: each holds its own share, and the type says so.
+
+    Within a stage of a pipeline the shares are stacked in a new first dim, one a device: XLA's
+    partitioner has no arrays that are both unreduced and in a Manual region.
+    """
     inputs, result = equation.split("->")
     a_dims, _ = inputs.split(",")
     a_spec = jax.typeof(a).sharding.spec
     over = axes_of(a_spec[i] for i, dim in enumerate(a_dims) if dim not in result)
     if not over:
         return jnp.einsum(equation, a, b, out_sharding=spec)
-    kept = P(*(_without(entry, over) for entry in spec), unreduced=over)
-    return jnp.einsum(equation, a, b, out_sharding=kept)
+    kept = [_without(entry, over) for entry in spec]
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes:
+        return jnp.einsum(equation, a, b, out_sharding=P(*kept, unreduced=over))
+    shares = tuple(axis for axis in mesh.axis_names if axis in over)
+    return _by_device(
+        lambda a, b: jnp.einsum(equation, a, b)[None],
+        (a_spec, jax.typeof(b).sharding.spec),
+        P(shares, *kept),
+    )(a, b)
 
 
 def reduce_partial(partial: jax.Array, spec: P) -> jax.Array:
     """Sums a partial array over devices and leaves it as `spec`."""
     had = jax.typeof(partial).sharding.spec
-    over = set(had.unreduced)
+    stacked = len(had) > len(spec)
+    over = set(had.unreduced) | (axes_of(had[:1]) if stacked else frozenset())
     scattered = [
         (axis, dim) for dim, entry in enumerate(spec) for axis in _names(entry) if axis in over
     ]
-    if not scattered:
+    if not scattered and not stacked:
         return jax.reshard(partial, spec)
 
     def local(x: jax.Array) -> jax.Array:
+        x = jnp.squeeze(x, 0) if stacked else x
         for axis, dim in scattered:
             x = lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
         rest = tuple(sorted(over - {axis for axis, _ in scattered}))
         return lax.psum(x, rest) if rest else x
 
+    return _by_device(local, (had,), spec)(partial)
+
+
+def _by_device(
+    function: Callable[..., jax.Array], in_specs: tuple[P, ...], out_specs: P
+) -> Callable[..., jax.Array]:
     mesh = jax.sharding.get_abstract_mesh()
     return jax.shard_map(
-        local,
-        in_specs=had,
-        out_specs=spec,
+        function,
+        in_specs=in_specs,
+        out_specs=out_specs,
         axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
-    )(partial)
+    )
 
 
 def axes_of(entries: Iterable[str | tuple[str, ...] | None]) -> frozenset[str]:

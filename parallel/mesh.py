@@ -13,7 +13,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "pipe", "context", "expert", "tensor")
-NOT_BUILT_YET = ("pipe", "context", "expert")
+PIPE = "pipe"
+NOT_BUILT_YET = ("context", "expert")
 
 
 @dataclass(frozen=True)

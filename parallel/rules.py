@@ -6,7 +6,9 @@ without dividing the activations' `act_embed`.
 
 A parameter is declared as `"embed -> heads head_dim"`: the dims before the arrow are contracted,
 the rest are produced. Vectors (gains, biases) have no arrow. Stacked layers put `layers` first;
-that axis is scanned and carries no mesh axis.
+that axis is scanned, and `pipe` alone divides it: each stage of a pipeline scans its own layers. Of
+the parameters outside the stack, `pipe` divides the tables between steps (`TABLES`): their master
+copy and moments. While they are used every stage has them whole.
 
 ZeRO (`config.parallel.zero`, over the fsdp axis; Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054):
 
@@ -26,7 +28,7 @@ from dataclasses import dataclass, field
 
 from jax.sharding import PartitionSpec as P
 
-from parallel.mesh import AXES
+from parallel.mesh import AXES, PIPE
 
 FSDP = "fsdp"
 
@@ -61,6 +63,8 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     "whole_vocab": MEGATRON | dict.fromkeys(("vocab", "act_vocab"), ()),
 }
 
+TABLES = ("vocab", "position")  # dims of rows that are looked up, of large arrays outside the stack
+
 PAIRS = {"heads": "act_heads", "kv_heads": "act_kv_heads", "mlp": "act_mlp", "vocab": "act_vocab"}
 
 
@@ -93,9 +97,13 @@ class ParallelConfig:
             if name not in MEGATRON:
                 raise ValueError(f"{key}: no such logical name; there are {', '.join(MEGATRON)}")
             if name == "layers" and axes:
-                raise ValueError(f"{key} = {axes}: the scanned layer axis carries no mesh axis")
+                raise ValueError(f"{key} = {axes}: only {PIPE} divides the scanned layers")
             if isinstance(axes, str) or not set(axes) <= set(AXES):
                 raise ValueError(f"{key} = {axes!r}: a list of mesh axes of {', '.join(AXES)}")
+            if PIPE in axes:
+                raise ValueError(
+                    f"{key} = {axes!r}: config.mesh.pipe divides layers and tables alone"
+                )
             if len(set(axes)) != len(tuple(axes)):
                 raise ValueError(f"{key} = {axes!r}: a mesh axis may be named once")
             if name == "batch" and not {"data", FSDP} <= set(axes):
@@ -139,7 +147,7 @@ class Rules:
 
     def at_rest(self, names: str, shape: tuple[int, ...]) -> P:
         """The partition between steps of a parameter's master copy and moments."""
-        return self._parameter(names, shape, divided=self.zero >= 1)
+        return self._parameter(names, shape, divided=self.zero >= 1, tables=True)
 
     def in_model(self, names: str, shape: tuple[int, ...]) -> P:
         """The partition of the copy in compute dtype that the model is given."""
@@ -147,16 +155,26 @@ class Rules:
 
     def of_gradient(self, names: str, shape: tuple[int, ...]) -> P:
         """The partition of a parameter's gradient."""
+        return self._parameter(names, shape, divided=self.zero >= 2, tables=True)
+
+    def in_stage(self, names: str, shape: tuple[int, ...]) -> P:
+        """The partition of the gradient that one stage of a pipeline sums."""
         return self._parameter(names, shape, divided=self.zero >= 2)
 
     def gathered(self, names: str, shape: tuple[int, ...]) -> P:
         """The partition of a weight while it is used: divided over `tensor` at most."""
         return self._parameter(names, shape, divided=False)
 
-    def _parameter(self, names: str, shape: tuple[int, ...], divided: bool) -> P:
+    def _parameter(
+        self, names: str, shape: tuple[int, ...], divided: bool, tables: bool = False
+    ) -> P:
         dims = names.replace("->", " ").split()
         assert len(dims) == len(shape), (names, shape)
         parts = [tuple(a for a in self.axes(name) if a != FSDP) for name in dims]
+        if tables:
+            for i, name in enumerate(dims):
+                if name in TABLES and shape[i] % self.size((PIPE, *parts[i])) == 0:
+                    parts[i] = (PIPE, *parts[i])
         if divided:
             # The dim that the table names, or where that does not divide the first one that does:
             # every tensor is divided that can be, biases and gains too.
@@ -197,6 +215,8 @@ def make_rules(
     table = dict(PRESETS[config.preset])
     if config.sequence:
         table["residual_seq"] = ("tensor",)
+    if sizes[PIPE] > 1:
+        table["layers"] = (PIPE,)
     overrides = {name: tuple(axes) for name, axes in config.rules.items()}
     table |= overrides
     for name, act in PAIRS.items():  # a parameter's override carries its activation along

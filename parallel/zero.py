@@ -77,17 +77,29 @@ def for_model(
       (leaves, build): differentiate a function of `leaves`; `build(leaves)` is what the model
       takes. The gradients come out as `rules.of_gradient` says, in `dtype`.
     """
+    leaves, copy = laid_out(params, axes, rules, dtype)
+    return leaves, lambda leaves: together(leaves, copy)
+
+
+def laid_out(params: Tree, axes: Tree, rules: Rules, dtype: str) -> tuple[Tree, Tree | None]:
+    """What `for_model` differentiates, and the whole copy beside it at level 2."""
     cast = jax.tree.map(lambda p: p.astype(dtype), params)
 
     lay_out = gather if rules.zero == 2 else jax.reshard
 
-    def laid_out(array: jax.Array, names: str) -> jax.Array:
+    def in_model(array: jax.Array, names: str) -> jax.Array:
         return lay_out(array, rules.in_model(names, array.shape))
 
-    copy = jax.tree.map(laid_out, cast, axes)
-    if rules.zero == 2:
-        return cast, lambda leaves: jax.tree.map(Twin, copy, leaves)
-    return copy, lambda leaves: leaves
+    def in_stage(array: jax.Array, names: str) -> jax.Array:
+        return jax.reshard(array, rules.in_stage(names, array.shape))
+
+    copy = jax.tree.map(in_model, cast, axes)
+    return (jax.tree.map(in_stage, cast, axes), copy) if rules.zero == 2 else (copy, None)
+
+
+def together(leaves: Tree, copy: Tree | None) -> Tree:
+    """What the model takes, of both parts of `laid_out`."""
+    return leaves if copy is None else jax.tree.map(Twin, copy, leaves)
 
 
 def zeros_like_gradients(params: Tree, axes: Tree, rules: Rules, dtype: str) -> Tree:

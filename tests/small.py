@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from models.config import DecoderConfig
 from parallel.mesh import MeshConfig, make_mesh
+from parallel.pipeline import PipelineConfig
 from parallel.remat import RematConfig
 from parallel.rules import ParallelConfig, make_rules
 from training.losses import LossConfig
@@ -97,17 +98,19 @@ def layout(
     data: int = 1,
     fsdp: int = 1,
     tensor: int = 1,
+    pipe: int = 1,
+    pipeline: PipelineConfig | None = None,
     **changes: object,
 ) -> Iterator[Laid]:
     """The model of `config` with `changes`, on the first devices, inside `jax.set_mesh`."""
     config = replace(config, **changes)  # type: ignore[arg-type]
-    sizes = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    sizes = MeshConfig(data=data, fsdp=fsdp, pipe=pipe, tensor=tensor)
     dims = config.dims() | {
         "batch": (rows, "config.data.batch_size"),
         "residual_seq": (length, "config.data.sequence_length"),
     }
     policy = RematConfig(policy=remat) if isinstance(remat, str) else remat
-    mesh = make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+    mesh = make_mesh(sizes, jax.devices()[: data * fsdp * pipe * tensor])
     with jax.set_mesh(mesh):
         rules = make_rules(ParallelConfig(zero=zero, sequence=sequence), sizes.sizes(), dims)
-        yield Laid(causal_lm(config, LossConfig(chunk=chunk), rules, policy), mesh)
+        yield Laid(causal_lm(config, LossConfig(chunk=chunk), rules, policy, pipeline), mesh)

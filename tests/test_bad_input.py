@@ -79,7 +79,6 @@ BAD_KEYS = {
     "mesh.fsdp=-1": ("config.mesh.fsdp = -1", "config.mesh.data is -1 already"),
     "mesh.tensor=0": ("config.mesh.tensor = 0", "at least 1, or -1"),
     "mesh.tensor=-2": ("config.mesh.tensor = -2", "at least 1, or -1"),
-    "mesh.pipe=2": ("config.mesh.pipe = 2", "not built yet; only 1"),
     "mesh.context=2": ("config.mesh.context = 2", "not built yet; only 1"),
     "mesh.expert=2": ("config.mesh.expert = 2", "not built yet; only 1"),
     # layout
@@ -90,7 +89,7 @@ BAD_KEYS = {
     "parallel.rules={'embd': ['fsdp']}": ("config.parallel.rules.embd", "embed"),
     "parallel.rules={'embed': ['fspd']}": ("config.parallel.rules.embed = ('fspd',)", "fsdp"),
     "parallel.rules={'embed': 'fsdp'}": ("config.parallel.rules.embed = 'fsdp'", "a list"),
-    "parallel.rules={'layers': ['fsdp']}": ("config.parallel.rules.layers", "no mesh axis"),
+    "parallel.rules={'layers': ['fsdp']}": ("config.parallel.rules.layers", "only pipe"),
     "parallel.rules={'seq': ['data']}": ("config.parallel.rules", "twice", "data"),
     "parallel.rules={'embed': ['tensor']}": ("config.parallel.rules", "twice", "tensor"),
     "parallel.rules={'head_dim': ['tensor']}": ("config.parallel.rules", "twice", "tensor"),
@@ -99,6 +98,31 @@ BAD_KEYS = {
     "data.batch_size=0": ("config.data.batch_size = 0", "at least 1"),
     "train.grad_accumulation=3": ("config.train.grad_accumulation = 3", "multiple of 3"),
     "train.grad_accumulation=2": ("config.train.grad_accumulation = 8 / 2", "multiple of 8"),
+    "mesh.pipe=2 model.layers=3": ("config.model.layers = 3", "config.mesh.pipe = 2", "of 2"),
+    "mesh.pipe=2 pipeline.schedule=interleaved model.layers=6": (
+        "config.model.layers = 6",
+        "config.mesh.pipe = 2 x 2 chunks",
+        "multiple of 4",
+    ),
+    "mesh.pipe=2 pipeline.schedule=gpip": ("config.pipeline.schedule = 'gpip'", "gpipe"),
+    "mesh.pipe=2 pipeline.form=lien": ("config.pipeline.form = 'lien'", "lean"),
+    "mesh.pipe=2 pipeline.chunks=3 model.layers=6": ("config.pipeline.chunks = 3", "wants 1"),
+    "mesh.pipe=2 model.layers=4 pipeline.microbatches=3": (
+        "config.pipeline.microbatches = 3",
+        "multiple of 3",
+    ),
+    "mesh.pipe=8 pipeline.microbatches=4 model.layers=8": (
+        "config.pipeline.microbatches = 4",
+        "at least 8",
+    ),
+    "pipeline.microbatches=0": ("config.pipeline.microbatches = 0", "at least 1"),
+    "mesh.pipe=2 model.layers=4 train.grad_accumulation=2": (
+        "config.train.grad_accumulation = 2",
+        "config.pipeline.microbatches",
+    ),
+    "mesh.pipe=2 optimizer.offload=true": ("config.optimizer.offload", "config.mesh.pipe = 2"),
+    "mesh.pipe=2 layout=auto": ("config.layout = 'auto'", "config.mesh.pipe = 2"),
+    "mesh.pipe=2 parallel.rules={'embed': ['pipe']}": ("config.parallel.rules.embed", "pipe"),
     "mesh.tensor=8 model.heads=4 model.kv_heads=4": (
         "config.model.heads = 4",
         "config.mesh.tensor = 8",

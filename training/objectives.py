@@ -9,31 +9,52 @@ from flax import nnx
 
 from models.config import DecoderConfig
 from models.decoder import Decoder, logical_axes
+from parallel.pipeline import PipelineConfig
 from parallel.remat import RematConfig
 from parallel.rules import Rules
+from parallel.stage import Cut
 from training.losses import LossConfig, cross_entropy
 from training.state import Model
 
 
-def causal_lm(config: DecoderConfig, loss: LossConfig, rules: Rules, remat: RematConfig) -> Model:
+def causal_lm(
+    config: DecoderConfig,
+    loss: LossConfig,
+    rules: Rules,
+    remat: RematConfig,
+    pipeline: PipelineConfig | None = None,
+) -> Model:
     """Next-token prediction: the decoder's features through the vocabulary-sharded loss."""
+    # A stage that keeps inputs alone computes its chunk again as a whole: each layer of it once
+    # more would be twice the work.
+    inside = RematConfig() if pipeline is not None and remat.policy == "full" else remat
 
     def build(key: jax.Array) -> Decoder:
-        return Decoder(config, rules, remat, nnx.Rngs(params=key))
+        return Decoder(config, rules, inside, nnx.Rngs(params=key))
 
     # What is static about the model, without computing anything.
     graph, abstract = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
 
+    axes = logical_axes(abstract)
+
     def init(key: jax.Array) -> Any:
-        return nnx.to_pure_dict(nnx.state(build(key)))
+        def at_rest(array: jax.Array, names: str) -> jax.Array:
+            return jax.reshard(array, rules.at_rest(names, array.shape))  # layers over stages
+
+        return jax.tree.map(at_rest, nnx.to_pure_dict(nnx.state(build(key))), axes)
 
     def weighted_loss(
         params: Any, batch: dict[str, jax.Array], weights_BT: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = nnx.merge(graph, params)
+        return head_loss(model, model(batch, key), batch, weights_BT)
+
+    def head_loss(
+        model: Decoder, hidden_BTD: jax.Array, batch: dict[str, jax.Array], weights_BT: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         head = model.head()
         return cross_entropy(
-            model(batch, key),
+            hidden_BTD,
             head.weight,
             batch["targets"],
             weights_BT,
@@ -45,4 +66,21 @@ def causal_lm(config: DecoderConfig, loss: LossConfig, rules: Rules, remat: Rema
             z_loss=loss.z_loss,
         )
 
-    return Model(init, logical_axes(abstract), weighted_loss, rules)
+    def blocks(params: Any, x_BTD: jax.Array, *args: Any) -> jax.Array:
+        return nnx.merge(graph, params).run_blocks(x_BTD, *args)
+
+    def last_loss(
+        params: Any, x_BTD: jax.Array, batch: dict[str, jax.Array], weights_BT: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model = nnx.merge(graph, params)
+        return head_loss(model, model.finish(x_BTD), batch, weights_BT)
+
+    cut = Cut(
+        embed=lambda params, *args: nnx.merge(graph, params).embed(*args),
+        blocks=blocks,
+        loss=last_loss,
+        layers=config.layers,
+        period=len(config.pattern),
+        inputs=remat.policy == "full",
+    )
+    return Model(init, axes, weighted_loss, rules, cut, pipeline)

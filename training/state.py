@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from parallel.compilation import quick_compilation
+from parallel.pipeline import PipelineConfig
 from parallel.precision import LossScale, PrecisionConfig
 from parallel.rules import Rules
+from parallel.stage import Cut
 from training.offload import Offloaded
 from training.optim import Optimizer, state_specs
 
@@ -46,12 +48,16 @@ class Model:
       axes: tree of logical axis strings, one for each parameter.
       loss: (params for the model, batch, weights_BT, key or None) -> (float32 sum, float32 sums).
       rules: the layout.
+      cut: the same model in parts, for stages.
+      pipeline: how the stages work together.
     """
 
     init: Callable[[jax.Array], Tree]
     axes: Tree
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     rules: Rules
+    cut: Cut | None = None
+    pipeline: PipelineConfig | None = None
 
 
 def abstract_params(model: Model, precision: PrecisionConfig) -> Tree:

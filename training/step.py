@@ -11,10 +11,11 @@ import optax
 
 from parallel.precision import PrecisionConfig
 from parallel.zero import for_model, zeros_like_gradients
+from training.micro_batches import Batch, means, split, token_weights
 from training.optim import Optimizer, apply_update
+from training.pipelined import pipelined_loss_and_grads
 from training.state import Model, TrainState
 
-Batch = dict[str, jax.Array]
 Tree = Any
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 LossAndGrads = Callable[..., tuple[dict[str, jax.Array], Tree]]
@@ -29,14 +30,14 @@ def loss_and_grads(model: Model, precision: PrecisionConfig, micro_steps: int = 
       `z`). Gradients are of the mean, times the loss scale, divided as `rules.of_gradient`; in
       compute dtype with one micro-step, else in `precision.accumulate`.
     """
+    if model.pipeline is not None:  # micro-steps are the micro-batches of its schedule
+        return pipelined_loss_and_grads(model, precision, micro_steps)
 
     def of_batch(
         params: Tree, batch: Batch, key: jax.Array | None, scale: jax.Array
     ) -> tuple[dict[str, jax.Array], Tree]:
         leaves, build = for_model(params, model.axes, model.rules, precision.compute)
-        counted = (batch["segments"] > 0).astype(jnp.float32)
-        tokens = jnp.maximum(jnp.sum(counted), 1.0)
-        weights_BT = counted / tokens * scale  # scaled before the gradient is cast to compute dtype
+        weights_BT, tokens = token_weights(batch, scale)
 
         def loss(
             leaves: Tree, batch: Batch, weights_BT: jax.Array, key: jax.Array | None
@@ -48,7 +49,7 @@ def loss_and_grads(model: Model, precision: PrecisionConfig, micro_steps: int = 
             (total, aux), grads = grad(leaves, batch, weights_BT, key)
         else:
             buffer = zeros_like_gradients(params, model.axes, model.rules, precision.accumulate)
-            split = jax.tree.map(lambda a: _split(a, micro_steps), (batch, weights_BT))
+            parts = jax.tree.map(lambda a: split(a, micro_steps), (batch, weights_BT))
 
             def micro_step(carry: Tree, xs: Tree) -> tuple[Tree, None]:
                 (batch, weights_BT), index = xs
@@ -59,24 +60,13 @@ def loss_and_grads(model: Model, precision: PrecisionConfig, micro_steps: int = 
 
             zeros = jax.tree.map(
                 lambda s: jnp.zeros(s.shape, s.dtype),
-                jax.eval_shape(loss, leaves, *jax.tree.map(lambda a: a[0], split), key),
+                jax.eval_shape(loss, leaves, *jax.tree.map(lambda a: a[0], parts), key),
             )
-            xs = (split, jnp.arange(micro_steps))
+            xs = (parts, jnp.arange(micro_steps))
             ((total, aux), grads), _ = jax.lax.scan(micro_step, (zeros, buffer), xs)
-        means = {name.removesuffix("_sum"): value / scale for name, value in aux.items()}
-        sums = {"loss": total / scale} | means
-        return sums | {"tokens": jnp.sum(counted)}, grads
+        return means(total, aux, scale, tokens), grads
 
     return of_batch
-
-
-def _split(array_BT: jax.Array, micro_steps: int) -> jax.Array:
-    """[B, T] -> [micro-steps, B / micro-steps, T] without moving a row to another device."""
-    B, *rest = array_BT.shape
-    spec = jax.typeof(array_BT).sharding.spec
-    rows = jax.P(spec[0], None, *spec[1:])
-    split = jnp.reshape(array_BT, (B // micro_steps, micro_steps, *rest), out_sharding=rows)
-    return jnp.moveaxis(split, 1, 0)
 
 
 def make_step(

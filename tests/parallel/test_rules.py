@@ -121,7 +121,7 @@ def test_fewer_kv_heads_than_parts_are_replicated(kv_heads, parts):
         ),
         (
             {"rules": {"layers": ["fsdp"]}},
-            "config.parallel.rules.layers = ['fsdp']: the scanned layer axis carries no mesh axis",
+            "config.parallel.rules.layers = ['fsdp']: only pipe divides the scanned layers",
         ),
         (
             {"rules": {"batch": ["data"]}},
