@@ -10,8 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 PRELUDE = """
-import faulthandler, sys
+import faulthandler, os, sys
 faulthandler.enable()  # SIGABRT prints where every thread is
+sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # Gloo greets on standard output, in pieces
 from parallel import distributed
 count, index, port, *arguments = sys.argv[1:]
 count, index = int(count), int(index)
@@ -52,7 +54,7 @@ def launch(code: str, *arguments: object, count: int = 2, devices: int = 4) -> l
 
 
 def outputs(processes: list, timeout: float = 120) -> list[str]:
-    """What each process printed (but for Gloo's greetings), once all have ended well.
+    """What each process printed, once all have ended well.
 
     Where one does not end, the error tells of all: it may be waiting for one that failed.
     """
@@ -76,7 +78,4 @@ def outputs(processes: list, timeout: float = 120) -> list[str]:
         for i, (process, (_, stderr)) in enumerate(zip(processes, results, strict=True))
     )
     assert all(process.returncode == 0 for process in processes), told
-    return [
-        "".join(line for line in stdout.splitlines(True) if not line.startswith("[Gloo]"))
-        for stdout, _ in results
-    ]
+    return [stdout for stdout, _ in results]
