@@ -1,6 +1,7 @@
 """Runs a piece of code in several processes that form one program."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 PRELUDE = """
-import sys
+import faulthandler, os, sys
+faulthandler.enable()  # SIGABRT prints where every thread is
+sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # Gloo greets on standard output, in pieces
 from parallel import distributed
 count, index, port, *arguments = sys.argv[1:]
 count, index = int(count), int(index)
@@ -50,15 +54,28 @@ def launch(code: str, *arguments: object, count: int = 2, devices: int = 4) -> l
 
 
 def outputs(processes: list, timeout: float = 120) -> list[str]:
-    """What each process printed (but for Gloo's greetings), once all have ended well."""
+    """What each process printed, once all have ended well.
+
+    Where one does not end, the error tells of all: it may be waiting for one that failed.
+    """
+    results: list = [None] * len(processes)
     try:
-        results = [process.communicate(timeout=timeout) for process in processes]
-    finally:
+        for i, process in enumerate(processes):
+            results[i] = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
         for process in processes:
-            process.kill()
-    for process, (_, stderr) in zip(processes, results, strict=True):
-        assert process.returncode == 0, stderr[-4000:]
-    return [
-        "".join(line for line in stdout.splitlines(True) if not line.startswith("[Gloo]"))
-        for stdout, _ in results
-    ]
+            process.send_signal(signal.SIGABRT)
+    finally:
+        for i, process in enumerate(processes):
+            if results[i] is None:
+                try:
+                    results[i] = process.communicate(timeout=10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    results[i] = process.communicate()
+    told = "\n".join(
+        f"--- process {i}: exit code {process.returncode}\n{stderr[-4000:]}"
+        for i, (process, (_, stderr)) in enumerate(zip(processes, results, strict=True))
+    )
+    assert all(process.returncode == 0 for process in processes), told
+    return [stdout for stdout, _ in results]
