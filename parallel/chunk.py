@@ -134,9 +134,7 @@ class Chunks:
 
         return self._loop(row, unit, sums)
 
-    def _loop(
-        self, row: Row, unit: Callable[..., Any], carry: Any, reverse: bool = False
-    ) -> Any:
+    def _loop(self, row: Row, unit: Callable[..., Any], carry: Any, reverse: bool = False) -> Any:
         count = self.units if self.even else row["layers"] // self.period
         if reverse:
             return lax.fori_loop(0, count, lambda i, carry: unit(count - 1 - i, carry), carry)
@@ -161,7 +159,8 @@ class Chunks:
     def _added(self, row: Row, i: jax.Array, sums: Arrays, gradients: Arrays) -> Arrays:
         place = self._place(row, i)
         new = [
-            a + g.astype(a.dtype) for a, g in zip(self._layers(sums, row, i), gradients, strict=True)
+            a + g.astype(a.dtype)
+            for a, g in zip(self._layers(sums, row, i), gradients, strict=True)
         ]
         return [
             lax.dynamic_update_slice_in_dim(a, part, place, 0)

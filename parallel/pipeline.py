@@ -21,12 +21,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from parallel.division import Division
 from parallel.mesh import PIPE
 from parallel.rules import Rules
 from parallel.schedule import Schedule
 from parallel.schedule_kinds import make_schedule
 from parallel.schedule_program import Columns, Program, make_program
-from parallel.division import Division
 from parallel.stage import INPUTS, RESIDUALS, Arrays, Cut, Parts, Stage, Sums
 from parallel.zero import Tree
 
@@ -108,7 +108,7 @@ def run_pipeline(
     Returns:
       The loss's sums over micro-batches, and the gradients, divided as `rules.of_gradient`.
     """
-    division = Division((cut.layers//schedule.positions,)*schedule.positions)
+    division = Division((cut.layers // schedule.positions,) * schedule.positions)
     program = make_program(schedule, INPUTS if cut.inputs else RESIDUALS)
     names: list[str]
     tree: Any
@@ -187,8 +187,12 @@ def _columns(program: Program, division) -> dict[str, Any]:
         position = np.full_like(kind.microbatch, -1)
         for tick, stage in np.argwhere(kind.microbatch >= 0):
             position[tick, stage] = schedule.position(int(stage), int(kind.chunk[tick, stage]))
-        firsts = np.array([*(division.first(i) for i in range(schedule.positions)), 0],np.int32)
-        return asdict(kind) | {"position": position, "first": firsts[position],"layers":np.array(division.layers,np.int32)[position]}
+        firsts = np.array([*(division.first(i) for i in range(schedule.positions)), 0], np.int32)
+        return asdict(kind) | {
+            "position": position,
+            "first": firsts[position],
+            "layers": np.array(division.layers, np.int32)[position],
+        }
 
     return {
         "F": columns(program.forward),

@@ -19,25 +19,25 @@ https://arxiv.org/abs/2401.10241).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.extend import core
 
+from parallel.contract import axes_of
+
 Arrays = Sequence[jax.Array]
 Atom = Any  # a variable or a literal of a jaxpr
 MICROBATCH, WEIGHTS, INPUT, COTANGENT = range(4)
 
-# Of what they give, their operand is kept where it is no larger.
-CHEAP = (
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "name",
-    "reshape",
-    "squeeze",
-    "transpose",
+# What a compiler fuses into whatever reads it: of what they give, the operands are kept where they
+# are no larger, or are kept anyway.
+FORMS = ("broadcast_in_dim", "convert_element_type", "name", "reshape", "squeeze", "transpose")
+ELEMENTWISE = (
+    *("add", "add_any", "div", "mul", "neg", "sub", "square", "integer_pow", "max", "min"),
+    *("exp", "log", "logistic", "tanh", "rsqrt", "sqrt", "erf", "select_n", "gt", "lt", "ge", "le"),
 )
 
 
@@ -105,35 +105,59 @@ class Split:
         def outer(v: Any) -> bool:  # what every part is given
             return v in roots or level[v] == MICROBATCH
 
-        def reads(v: Any, at: int) -> bool:
-            """Whether the gradients read v, of this level, and not what it is made of."""
-            if level[v] != at or v not in equation:
+        def is_read(v: Any, at: int) -> bool:
+            """Whether gradients take v as it is, and not the operands that it is a form of."""
+            eqn = equation.get(v)
+            if level[v] != at or eqn is None:
                 return level[v] == at
-            eqn = equation[v]
             operands = [u for u in _variables(eqn.invars) if level[u] == at]
-            return eqn.primitive.name not in CHEAP or sum(map(_bytes, operands)) > _bytes(v)
+            form = eqn.primitive.name in FORMS or _stays(eqn)
+            return not form or sum(map(_bytes, operands)) > _bytes(v)
+
+        order = {v: place for place, eqn in enumerate(eqns) for v in eqn.outvars}
+
+        def fewer(found: list[Any], given: Iterable[Any] = ()) -> list[Any]:
+            """Without those that the others and what is given make, element by element."""
+            left, given = dict.fromkeys(found), set(given)
+
+            def made(v: Any) -> bool:
+                if level[v] < INPUT or v in given or v in left:
+                    return True
+                fused = v in equation and (
+                    equation[v].primitive.name in (*FORMS, *ELEMENTWISE) or _stays(equation[v])
+                )
+                return fused and all(map(made, _variables(equation[v].invars)))
+
+            for v in sorted(found, key=lambda v: order.get(v, -1), reverse=True):
+                del left[v]
+                if not made(v):
+                    left[v] = None
+            return [v for v in found if v in left]
 
         first, _ = needed([y], lambda v: v is x_in or outer(v))
         forward = {v for eqn in first for v in eqn.outvars} | {x_in}
-
-        def is_kept(v: Any) -> bool:
-            return v in forward and reads(v, INPUT)
+        _, found = needed(
+            [dx, *d_weights],
+            lambda v: outer(v) or v is dy or (v in forward and is_read(v, INPUT)),
+        )
+        kept = fewer([v for v in found if level[v] == INPUT])
 
         def has_kept(v: Any) -> bool:
-            return outer(v) or v is dy or is_kept(v)
+            return outer(v) or v is dy or v in kept
 
-        second, taken = needed([dx], has_kept)
-        from_cotangent = {v for eqn in second for v in eqn.outvars if level[v] == COTANGENT} | {dy}
-
-        def is_pending(v: Any) -> bool:
-            return v in from_cotangent and reads(v, COTANGENT)
-
-        _, whole = needed([dx, *d_weights], has_kept)
-        third, left = needed(d_weights, lambda v: outer(v) or is_kept(v) or is_pending(v))
-        kept = [v for v in whole if is_kept(v)]
-        pending = [v for v in left if is_pending(v)]
-        assert not [v for v in (*taken, *left) if is_kept(v) and v not in kept]
+        second, _ = needed([dx], has_kept)
+        made_by_it = {v for eqn in second for v in eqn.outvars if level[v] == COTANGENT} | {dy}
+        _, found = needed(
+            d_weights,
+            lambda v: outer(v) or v in kept or (v in made_by_it and is_read(v, COTANGENT)),
+        )
+        pending = fewer([v for v in found if level[v] == COTANGENT], kept)
         self.kept, self.pending = [_shape(v) for v in kept], [_shape(v) for v in pending]
+
+        def has_pending(v: Any) -> bool:
+            return outer(v) or v in kept or v in pending
+
+        third, _ = needed(d_weights, has_pending)
 
         # Level 0, computed once in an action; what is used of it differs, XLA drops the rest.
         parts = (first, *(needed(t, has_kept)[0] for t in ([dx], d_weights)), third)
@@ -211,7 +235,9 @@ def _inlined(jaxpr: Any, consts: list[Any], names: list[Any]) -> tuple[list[Any]
 
         for eqn in eqns:
             # The names of the functions that it is in, for whoever reads the compiled program.
-            name = eqn.source_info.name_stack if stack is None else stack + eqn.source_info.name_stack
+            name = (
+                eqn.source_info.name_stack if stack is None else stack + eqn.source_info.name_stack
+            )
             inner = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "remat2") else None
             if inner is None:
                 fresh = {v: core.Var(v.aval) for v in eqn.outvars} if stack is not None else {}
@@ -243,8 +269,17 @@ def _variables(atoms: Iterable[Atom]) -> Iterator[Any]:
     return (a for a in atoms if not isinstance(a, core.Literal))
 
 
+def _stays(eqn: Any) -> bool:
+    """Whether it moves an array to where it is already."""
+    (v, *_), (out, *_) = eqn.invars, eqn.outvars
+    return eqn.primitive.name == "reshard" and v.aval.sharding.spec == out.aval.sharding.spec
+
+
 def _bytes(v: Any) -> int:
-    return v.aval.size * v.aval.dtype.itemsize
+    """On one device."""
+    sharding = v.aval.sharding
+    parts = math.prod(sharding.mesh.shape[axis] for axis in axes_of(sharding.spec))
+    return v.aval.size * v.aval.dtype.itemsize // parts
 
 
 def _shape(v: Any) -> jax.ShapeDtypeStruct:
