@@ -1,0 +1,176 @@
+"""Figures of a pipeline's table that memory and time follow from: slots, and ticks by what is in them.
+
+A table in Python takes a second where there are hundreds of micro-batches, and a search asks for
+thousands. So figures are kept, and a long table's are those of two short ones: in the middle every
+further `stages` micro-batches add the same ticks and, where slots grow at all, as many.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parallel.schedule import Schedule
+from parallel.schedule_kinds import make_schedule
+from parallel.schedule_program import make_program
+from parallel.schedule_slots import BUFFERS, Kept
+
+# Fill and drain are over after so many rounds of `stages` micro-batches. In zb_h1's lean form W's pile
+# up one a round, until as many wait as may.
+ROUNDS = 4
+SLOW = ("zb_h1", "lean")
+# A cell: for F, for B with its W, for B and for W alone the chunk, -1 where there is none.
+KINDS = ("F", "BW", "B", "W")
+Cell = tuple[int, int, int, int]
+Row = tuple[Cell, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A schedule as counts.
+
+    Attributes:
+      stages, microbatches, chunks: p, m and v.
+      name: of the schedule.
+      path: of `parallel.schedule.Schedule`.
+      capacity: buffer -> slots on every stage.
+      cells: int[rows, stages, 4], different ticks: the chunk of each of `KINDS`, or -1.
+      often: int[rows], how often each is there.
+      transfers: how often a tick sends what is like a chunk's output to another stage.
+    """
+
+    name: str
+    stages: int
+    microbatches: int
+    chunks: int
+    path: str
+    capacity: Mapping[str, int]
+    cells: NDArray[np.int64]
+    often: NDArray[np.int64]
+    transfers: int
+
+    @property
+    def ticks(self) -> int:
+        return int(self.often.sum())
+
+    @property
+    def apart(self) -> bool:
+        """Whether some W is in another tick than its B."""
+        return bool((self.cells[..., KINDS.index("W")] >= 0).any())
+
+    def runs(self, kind: str) -> NDArray[np.int64]:
+        """int[stages, chunks]: how often each stage runs a kind of `KINDS`."""
+        of = self.cells[..., KINDS.index(kind)]
+        counts = [((of == chunk) * self.often[:, None]).sum(0) for chunk in range(self.chunks)]
+        return np.stack(counts, 1)
+
+    def position(self, stage: int, chunk: int) -> int:
+        """See `parallel.schedule.Schedule.position`."""
+        back = self.path == "v" and chunk % 2 == 1
+        return chunk * self.stages + (self.stages - 1 - stage if back else stage)
+
+    def lockstep(self, costs: Mapping[str, NDArray[np.float64]]) -> float:
+        """`parallel.schedule_costs.lockstep(...).time` without transfers.
+
+        Args:
+          costs: kind of `KINDS` -> float[stages, chunks].
+        """
+        return float((self.tick_costs(costs).max(1) * self.often).sum())
+
+    def work(self, costs: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+        """For each stage, the sum of its actions."""
+        return (self.tick_costs(costs) * self.often[:, None]).sum(0)
+
+    def tick_costs(self, costs: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+        """float[rows, stages]."""
+        total = np.zeros(self.cells.shape[:2])
+        stage = np.arange(self.stages)
+        for kind, each in costs.items():
+            chunk = self.cells[..., KINDS.index(kind)]
+            total += np.where(chunk >= 0, each[stage, np.maximum(chunk, 0)], 0.0)
+        return total
+
+
+@lru_cache(maxsize=4096)
+def table(
+    schedule: str, stages: int, microbatches: int, chunks: int, form: str, kept: Kept
+) -> Table:
+    """The figures of a schedule by name; `chunks` 0 and `form` "" are those that it usually has.
+
+    Raises:
+      ValueError: see `parallel.schedule_kinds.make_schedule`.
+    """
+    rounds = stages + 2 if (schedule, form) == SLOW else ROUNDS
+    long = rounds * stages + microbatches % stages
+    if microbatches <= long + stages:
+        return _whole(schedule, stages, microbatches, chunks, form, kept)
+    one = _whole(schedule, stages, long, chunks, form, kept)
+    two = _whole(schedule, stages, long + stages, chunks, form, kept)
+    more = (microbatches - long) // stages
+    rows = _counted(one)
+    for row, count in _counted(two).items():
+        rows[row] += more * (count - rows[row])
+    rows = Counter({row: count for row, count in rows.items() if count})
+    capacity = {
+        buffer: size + more * (two.capacity[buffer] - size)
+        for buffer, size in one.capacity.items()
+    }
+    return _table(one, microbatches, capacity, rows)
+
+
+@cache
+def _whole(
+    schedule: str, stages: int, microbatches: int, chunks: int, form: str, kept: Kept
+) -> Table:
+    """The figures of a table that is built."""
+    made: Schedule = make_schedule(schedule, stages, microbatches, chunks or None, form or None)  # type: ignore[arg-type]
+    program = make_program(made, kept)
+    rows: Counter[Row] = Counter()
+    for tick in made.ticks:
+        row = []
+        for cell in tick:
+            chunk = {action.kind: action.chunk for action in cell}
+            pairs = {action.kind: (action.microbatch, action.chunk) for action in cell}
+            together = "B" in pairs and pairs["B"] == pairs.get("W")
+            row.append(
+                (
+                    chunk.get("F", -1),
+                    chunk["B"] if together else -1,
+                    -1 if together else chunk.get("B", -1),
+                    -1 if together else chunk.get("W", -1),
+                )
+            )
+        rows[tuple(row)] += 1
+    sends = sum(any(a != b for a, b in transfer.pairs) for transfer in program.transfers)
+    empty = np.empty(0, np.int64)
+    frame = Table(made.name, stages, microbatches, made.chunks, made.path, {}, empty, empty, sends)
+    capacity = {buffer: program.slots.capacity(buffer) for buffer in BUFFERS}
+    return _table(frame, microbatches, capacity, rows)
+
+
+def _table(
+    frame: Table, microbatches: int, capacity: Mapping[str, int], rows: Counter[Row]
+) -> Table:
+    return Table(
+        frame.name,
+        frame.stages,
+        microbatches,
+        frame.chunks,
+        frame.path,
+        capacity,
+        np.array(list(rows), np.int64),
+        np.array(list(rows.values()), np.int64),
+        frame.transfers,
+    )
+
+
+def _counted(of: Table) -> Counter[Row]:
+    rows: Counter[Row] = Counter()
+    for row, count in zip(of.cells.tolist(), of.often.tolist(), strict=True):
+        rows[tuple(tuple(cell) for cell in row)] = count
+    return rows
