@@ -34,9 +34,9 @@ def phases(terms: Terms, k: Constants) -> dict[str, Parts]:
         "gather": kept | {"gathered weights twice": int(k.regathered * terms.gathered_copy)},
         "loss": kept
         | early
-        | _loss_head(terms, k)
+        | loss_head(terms, k)
         | {"hidden states": int(k.loss_narrow * terms.narrow)},
-        "backward": kept | filling | _one_layer(terms, k),
+        "backward": kept | filling | one_layer(terms, k),
         "embedding": always
         | gradients
         | {
@@ -50,7 +50,7 @@ def phases(terms: Terms, k: Constants) -> dict[str, Parts]:
     }
 
 
-def _one_layer(terms: Terms, k: Constants) -> Parts:
+def one_layer(terms: Terms, k: Constants) -> Parts:
     """The backward pass of one iteration of the layers' loop."""
     job = terms.job
     # Layers of one period of a pattern are one iteration: what one of them computes again may live
@@ -68,7 +68,7 @@ def _one_layer(terms: Terms, k: Constants) -> Parts:
     }
 
 
-def _loss_head(terms: Terms, k: Constants) -> Parts:
+def loss_head(terms: Terms, k: Constants) -> Parts:
     """The loop over chunks: logits in float32, their gradient in compute dtype, and the sum of the
     table's gradient, which one chunk alone does not need.
     """

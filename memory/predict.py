@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from memory.constants import CONSTANTS, Constants
 from memory.job import Job
 from memory.phases import phases
+from memory.stage_phases import stage_phases
+from memory.stages import Stages
 from memory.terms import Terms
 from parallel.chips import Chip
 
@@ -50,7 +52,8 @@ def predict(job: Job, chip: Chip) -> Prediction:
 
 def prediction_of(terms: Terms, constants: Constants) -> Prediction:
     """The prediction of all terms with these constants."""
-    parts = phases(terms, constants)
+    staged = terms.job.pipeline is not None
+    parts = stage_phases(Stages(terms), constants) if staged else phases(terms, constants)
     sums = {}
     for name, of in parts.items():
         of["packing"] = int((constants.packing - 1) * sum(of.values()))

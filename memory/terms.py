@@ -67,10 +67,15 @@ class Terms:
         )
 
     @cached_property
+    def block(self) -> list[Weight]:
+        """The weights of one layer."""
+        return decoder_weights(self.job.model)[0]
+
+    @cached_property
     def weights(self) -> tuple[list[Weight], list[Weight]]:
         """Of all layers stacked, and of what stands outside the stack."""
-        block, outside = decoder_weights(self.job.model)
-        return [weight.stacked(self.job.model.layers) for weight in block], outside
+        outside = decoder_weights(self.job.model)[1]
+        return [weight.stacked(self.job.model.layers) for weight in self.block], outside
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -94,11 +99,12 @@ class Terms:
         return activation_bytes(tensors, self.sizes, self.job.rules, dtypes)
 
     def laid_out(self, weights: list[Weight], where: str) -> int:
-        """Elements on one device: at_rest, in_model, of_gradient or gathered."""
+        """Elements on one device: a method of `Rules` by name."""
         rules = self.job.rules
         spec = {
             "at_rest": rules.at_rest,
             "in_model": rules.in_model,
+            "in_stage": rules.in_stage,
             "of_gradient": rules.of_gradient,
             "gathered": rules.gathered,
         }[where]
@@ -206,8 +212,7 @@ class Terms:
         tensors = [*block_residuals(self.job.model, self.form)]
         offloaded: list[Activation] = []
         if remat.policy != "none":
-            names = remat.save if remat.policy == "custom" else PRESETS[remat.policy]
-            tensors = [Activation("block input", RESIDUAL), *self._named(names or ())]
+            tensors = [Activation("block input", RESIDUAL), *self.saved_names]
             offloaded = self._named(remat.offload)
             if self.chip.kind == "cpu":  # one memory
                 tensors, offloaded = tensors + offloaded, []
@@ -217,6 +222,13 @@ class Terms:
                 size = layers * self.bytes_of([tensor])
                 into[tensor.name] = into.get(tensor.name, 0) + size
         return sums
+
+    @property
+    def saved_names(self) -> list[Activation]:
+        """The tensors of one layer that the policy saves by name."""
+        remat = self.job.remat
+        names = remat.save if remat.policy == "custom" else PRESETS[remat.policy]
+        return self._named(names or ())
 
     def _named(self, names: tuple[str, ...]) -> list[Activation]:
         """The tensors of a policy that this model has and whose value the backward pass reads."""
@@ -266,7 +278,7 @@ class Terms:
     @cached_property
     def layer_weights(self) -> int:
         """Elements of one layer's weights as they are used: gathered over fsdp."""
-        return self.laid_out(self.weights[0], "gathered") // self.job.model.layers
+        return self.laid_out(self.block, "gathered")
 
     @property
     def table(self) -> int:

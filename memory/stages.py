@@ -1,0 +1,156 @@
+"""What a stage of a pipeline must hold on each device, exact, from shapes, layout and table.
+
+One program runs on all stages, so buffers are as large on each as on the one that needs most: slots
+of the fullest stage, layers of the largest chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from memory.job import Job
+from memory.rings import kept, pending
+from memory.tables import Table, table
+from memory.terms import Terms
+from models.block import RESIDUAL
+from parallel.footprint import ITEM, Activation
+from parallel.mesh import PIPE
+from parallel.stage import INPUTS, RESIDUALS
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The terms that a pipeline adds to `terms`, or has in place of its own."""
+
+    terms: Terms
+
+    @property
+    def job(self) -> Job:
+        return self.terms.job
+
+    @property
+    def inputs(self) -> bool:
+        """Whether only a chunk's input is kept, and the chunk is computed again."""
+        return self.job.remat.policy == "full"
+
+    @cached_property
+    def table(self) -> Table:
+        return table_of(self.job)
+
+    @cached_property
+    def rows(self) -> int:
+        """Layers of the largest chunk."""
+        return -(-self.job.model.layers // (self.table.stages * self.table.chunks))
+
+    @property
+    def layers(self) -> int:
+        """Layers for which every stage has room."""
+        return self.rows * self.table.chunks
+
+    # --- weights and gradients ------------------------------------------------------------------
+
+    @property
+    def moved(self) -> bool:
+        """Whether layers are elsewhere at rest than on the stage that runs them."""
+        return self.table.chunks > 1 or self.layers * self.table.stages > self.job.model.layers
+
+    def _own(self, where: str) -> int:
+        """Elements of the layers of one stage."""
+        return self.layers * self.terms.laid_out(self.terms.block, where)
+
+    def _outside(self, where: str) -> int:
+        """Elements of embedding and head, whole on every stage."""
+        return self.terms.laid_out(self.terms.weights[1], where)
+
+    @cached_property
+    def copy(self) -> int:
+        """The weights as products read them; of the stage's own layers 0 where that is the master
+        copy.
+        """
+        terms, precision = self.terms, self.job.precision
+        gathers = self.job.parallel.zero in (1, 2) and self.job.sizes["fsdp"] > 1
+        same = precision.params == terms.compute and not gathers and not self.moved
+        own = 0 if same and terms.compute == terms.product else self._own("in_model")
+        return own * terms.product_item + self._outside("in_model") * terms.item
+
+    @cached_property
+    def own_sums(self) -> int:
+        return self._own("in_stage") * self.accumulate
+
+    @cached_property
+    def outside_sums(self) -> int:
+        return self._outside("in_stage") * self.accumulate
+
+    @property
+    def at_rest_gradients(self) -> int:
+        """What the update is given."""
+        stacked, outside = self.terms.weights
+        return self.terms.laid_out(stacked + outside, "of_gradient") * self.accumulate
+
+    @property
+    def accumulate(self) -> int:
+        return ITEM[self.job.precision.accumulate]
+
+    # --- buffers --------------------------------------------------------------------------------
+
+    @cached_property
+    def stream(self) -> int:
+        """One micro-batch of the residual stream, as it is sent."""
+        return self.bytes_of([Activation("", RESIDUAL)])
+
+    @cached_property
+    def kept(self) -> int:
+        """What F keeps of one layer, or B of the layers that it computes again."""
+        if self.job.remat.policy in ("none", "full"):
+            return self.bytes_of(kept(self.job.model, self.terms.form, self.divided))
+        names = self.terms.saved_names
+        return self.bytes_of([Activation("block input", RESIDUAL), *names])
+
+    @cached_property
+    def pending(self) -> int:
+        """What B leaves of one layer for W."""
+        return self.bytes_of(pending(self.job.model, self.divided))
+
+    @property
+    def divided(self) -> bool:
+        """Whether the residual stream's sequence is divided."""
+        return self.job.rules.parts("residual_seq") > 1
+
+    @cached_property
+    def rings(self) -> dict[str, int]:
+        """Buffer -> bytes of all its slots."""
+        each = {
+            "input": self.stream,
+            "cotangent": self.stream,
+            "residual": self.rows * self.kept,
+            "pending": self.rows * self.pending,
+        }
+        return {name: self.table.capacity[name] * size for name, size in each.items()}
+
+    def bytes_of(self, tensors: list[Activation]) -> int:
+        """Of activations of one layer and one micro-batch, none in the dtype of products alone."""
+        return self.terms.bytes_of([t._replace(dtype=_held(t.dtype)) for t in tensors])
+
+
+def _held(dtype: str) -> str:
+    return "compute" if dtype == "product" else dtype
+
+
+def table_of(job: Job) -> Table:
+    """The figures of a job's schedule.
+
+    Raises:
+      ValueError: the schedule is none for these stages and micro-batches.
+    """
+    pipeline = job.pipeline
+    assert pipeline is not None
+    held = INPUTS if job.remat.policy == "full" else RESIDUALS
+    return table(
+        pipeline.schedule,
+        job.sizes[PIPE],
+        job.micro_steps,
+        pipeline.chunks,
+        pipeline.form,
+        held,
+    )
