@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -33,4 +34,11 @@ def gather(array: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def _part(array: jax.Array) -> tuple[int, ...]:
-    return jax.typeof(array).sharding.shard_shape(array.shape)
+    # Not `shard_shape`, which knows nothing of the Manual axes of a pipeline's stage.
+    sharding = jax.typeof(array).sharding
+    sizes = sharding.mesh.shape
+    entries = [(e,) if isinstance(e, str) else e or () for e in sharding.spec]
+    return tuple(
+        size // math.prod(sizes[axis] for axis in axes)
+        for size, axes in zip(array.shape, entries, strict=True)
+    )
