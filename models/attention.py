@@ -168,10 +168,30 @@ def _cudnn(
         any_BT11 = jnp.any(seen, axis=(1, 3))[:, :, None, None]
         return jnp.where(any_BT11, o_BTNH, jnp.zeros_like(o_BTNH))
 
-    axes = jax.sharding.get_abstract_mesh().explicit_axes
-    return jax.sharding.auto_axes(island, axes=axes, out_sharding=spec)(
-        q_BTNH, k_BSKH, v_BSKH, seen
-    )
+    # On each device by itself: its heads, and the key and value heads that they look at.
+    heads = jax.typeof(q_BTNH).sharding.spec[2]
+    divided = heads is not None and jax.typeof(k_BSKH).sharding.spec[2] is None
+    group = q_BTNH.shape[2] // k_BSKH.shape[2]
+
+    def local(q: Array, k: Array, v: Array, seen: Array | None) -> Array:
+        if divided:
+            first = jax.lax.axis_index(heads) * q.shape[2]
+            used = (first + jnp.arange(q.shape[2])) // group
+            used = used[::group] if q.shape[2] % group == 0 else used
+            used = used[:1] if group % q.shape[2] == 0 else used
+            k, v = (jnp.take(x, used, axis=2) for x in (k, v))
+        return island(q, k, v, seen)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        local,
+        in_specs=tuple(
+            P() if x is None else jax.typeof(x).sharding.spec for x in (q_BTNH, k_BSKH, v_BSKH, seen)
+        ),
+        out_specs=spec,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
+    )(q_BTNH, k_BSKH, v_BSKH, seen)
 
 
 def _group_heads(

@@ -9,6 +9,7 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
+from parallel.contract import axes_of
 from parallel.mesh import platform
 
 
@@ -34,11 +35,7 @@ def gather(array: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def _part(array: jax.Array) -> tuple[int, ...]:
-    # Not `shard_shape`, which knows nothing of the Manual axes of a pipeline's stage.
+    """Into how many parts each dim is divided; JAX's own shard shapes know no Manual regions."""
     sharding = jax.typeof(array).sharding
     sizes = sharding.mesh.shape
-    entries = [(e,) if isinstance(e, str) else e or () for e in sharding.spec]
-    return tuple(
-        size // math.prod(sizes[axis] for axis in axes)
-        for size, axes in zip(array.shape, entries, strict=True)
-    )
+    return tuple(math.prod(sizes[axis] for axis in axes_of([entry])) for entry in sharding.spec)
