@@ -17,7 +17,8 @@ from typing import Any
 
 from memory.job import Job
 from memory.predict import Prediction, predict
-from memory.roofline import StepTime, step_time
+from memory.roofline import step_time
+from memory.step_time import StepTime
 from parallel.targets import Target
 
 Row = dict[str, Any]

@@ -13,83 +13,26 @@ of n moves (n - 1) / n of the whole for a gather or a scatter, twice that for bo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from memory.hlo_costs import Counts
 from memory.job import Job
+from memory.stage_time import stage_time
+from memory.stage_work import Actions
+from memory.step_time import CEILINGS, StepTime, exposed
 from memory.terms import Terms
 from models.block import block_residuals
 from models.flops import attention_flops_per_token, flops_per_token, matrix_parameters
+from parallel.mesh import PIPE
 from parallel.remat import PRESETS
 from parallel.targets import Target
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Shares of a chip's figures that good programs reach; the same for every layout.
-
-    Attributes:
-      matrix: of the peak, by large matrix products.
-      stream: of the memory's bandwidth.
-      link: of the links' bandwidth.
-      overlap: whether gathers of weights and reductions of gradients run beside products.
-    """
-
-    matrix: float
-    stream: float
-    link: float
-    overlap: bool
-
-
-CEILINGS = {
-    "gpu": Ceilings(matrix=0.70, stream=0.85, link=0.80, overlap=True),
-    "tpu": Ceilings(matrix=0.80, stream=0.85, link=0.85, overlap=True),
-    "cpu": Ceilings(matrix=1.0, stream=1.0, link=1.0, overlap=False),
-}
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of one step.
-
-    Attributes:
-      compute_seconds: matrix products, recomputed ones too.
-      memory_seconds: norms, nonlinearities, softmax, loss and update.
-      communication_seconds: mesh axis -> all its collectives.
-      exposed_seconds: mesh axis -> what of it is waited for.
-      host_seconds: what is moved to the host's memory and back, and waited for.
-      bubble_seconds: pipeline stages that wait.
-      mfu: the model's FLOPs (no recomputation) over the peak's in this time.
-    """
-
-    compute_seconds: float
-    memory_seconds: float
-    communication_seconds: dict[str, float]
-    exposed_seconds: dict[str, float]
-    host_seconds: float
-    bubble_seconds: float
-    mfu: float
-
-    @property
-    def seconds(self) -> float:
-        return (
-            self.compute_seconds
-            + self.memory_seconds
-            + sum(self.exposed_seconds.values())
-            + self.host_seconds
-            + self.bubble_seconds
-        )
-
-    def grade(self) -> dict[str, Any]:
-        """As plain data, for a grade of a row."""
-        return {"seconds": self.seconds} | vars(self)
 
 
 def step_time(job: Job, target: Target) -> StepTime:
     """The roofline of one step of `job` on `target`."""
     ceilings, chip = CEILINGS[target.chip.kind], target.chip
     terms = Terms(job, chip)
+    if job.pipeline is not None:
+        actions = Actions(job, target, recomputed(job, terms.form))
+        return stage_time(actions, model_flops(job))
     peak = chip.flops(job.precision.compute)
     return _together(
         job,
@@ -130,26 +73,20 @@ def _together(
     """The step time of work whose parts take so many seconds; `links` at their full rate."""
     ceilings = CEILINGS[target.chip.kind]
     communication = {axis: seconds / ceilings.link for axis, seconds in links.items() if seconds}
-    hidden = compute + memory if ceilings.overlap else 0.0
-    exposed = {}
-    for axis, seconds in communication.items():
-        if "tensor" in axis.split("+"):
-            exposed[axis] = seconds
-        else:
-            exposed[axis] = max(0.0, seconds - hidden)
-            hidden = max(0.0, hidden - seconds)
-    whole = compute + memory + sum(exposed.values()) + host
+    waits = exposed(communication, compute + memory if ceilings.overlap else 0.0)
+    whole = compute + memory + sum(waits.values()) + host
     mfu = model_flops(job) / (target.chip.flops(job.precision.compute) * whole)
-    return StepTime(compute, memory, communication, exposed, host, 0.0, mfu)
+    return StepTime(compute, memory, communication, waits, host, 0.0, mfu)
 
 
 def model_flops(job: Job) -> float:
     """FLOPs of the model on one device in a step, none of them repeated; as if `tensor` divided
-    attention and head as it does the feed-forward, which the preset "megatron" does.
+    attention and head as it does the feed-forward, which the preset "megatron" does, and stages
+    all alike.
     """
     tokens = job.tokens * job.micro_steps
     whole = flops_per_token(job.model, job.sequence_length) * tokens
-    return whole / job.rules.parts("act_mlp")
+    return whole / job.rules.parts("act_mlp") / job.sizes[PIPE]
 
 
 def kept_names(job: Job) -> set[str]:

@@ -21,7 +21,7 @@ def stage_phases(stages: Stages, k: Constants) -> dict[str, Parts]:
     """Phase -> component -> bytes of temporaries on one device."""
     terms = stages.terms
     sums = stages.own_sums + stages.outside_sums
-    at_hand = {"weights in compute dtype": stages.copy}
+    at_hand = {"weights in compute dtype": stages.own_copy + stages.outside_copy}
     always = at_hand | {
         "summed gradients": sums,
         "batch by micro-batches": terms.batch * 5 // 4,  # and the weights of its tokens

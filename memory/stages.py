@@ -39,9 +39,17 @@ class Stages:
         return table_of(self.job)
 
     @cached_property
+    def division(self) -> tuple[int, ...]:
+        """Layers of each chunk, in the model's order."""
+        period = len(self.job.model.pattern)
+        positions = self.table.stages * self.table.chunks
+        least, more = divmod(self.job.model.layers // period, positions)
+        return tuple(period * (least + (i < more)) for i in range(positions))
+
+    @property
     def rows(self) -> int:
         """Layers of the largest chunk."""
-        return -(-self.job.model.layers // (self.table.stages * self.table.chunks))
+        return max(self.division)
 
     @property
     def layers(self) -> int:
@@ -64,15 +72,17 @@ class Stages:
         return self.terms.laid_out(self.terms.weights[1], where)
 
     @cached_property
-    def copy(self) -> int:
-        """The weights as products read them; of the stage's own layers 0 where that is the master
-        copy.
-        """
+    def own_copy(self) -> int:
+        """The stage's layers as products read them; 0 where that is the master copy."""
         terms, precision = self.terms, self.job.precision
         gathers = self.job.parallel.zero in (1, 2) and self.job.sizes["fsdp"] > 1
-        same = precision.params == terms.compute and not gathers and not self.moved
-        own = 0 if same and terms.compute == terms.product else self._own("in_model")
-        return own * terms.product_item + self._outside("in_model") * terms.item
+        same = precision.params == terms.product and not gathers and not self.moved
+        return 0 if same else self._own("in_model") * terms.product_item
+
+    @cached_property
+    def outside_copy(self) -> int:
+        """Embedding and head, as every stage has them."""
+        return self._outside("in_model") * self.terms.item
 
     @cached_property
     def own_sums(self) -> int:

@@ -82,6 +82,16 @@ class Target:
             return self.chip.link
         return min(self.chip.link, self.chip.network * local)
 
+    def hop(self, sizes: Mapping[str, int], axis: str) -> float:
+        """Bytes/s from a device to its neighbour along a mesh axis, the slowest of all hops: where
+        a host of GPUs ends that is one card, and on a TPU one link of the torus.
+        """
+        names = list(sizes)
+        stride = math.prod(sizes[name] for name in names[names.index(axis) + 1 :])
+        if self.chip.kind == "gpu" and sizes[axis] * stride > self.devices_per_host:
+            return self.chip.network
+        return self.chip.link
+
     def environment(self) -> dict[str, str]:
         """Variables that must be set before JAX is imported in the process that compiles."""
         if self.chip.kind == "cpu":

@@ -15,7 +15,8 @@ from memory.compiled import compile_step
 from memory.hlo import parse
 from memory.hlo_costs import Counts, count
 from memory.job import Job
-from memory.roofline import CEILINGS, StepTime, counted_time, step_time
+from memory.roofline import counted_time, step_time
+from memory.step_time import CEILINGS, StepTime
 from parallel.remat import DOTS
 from parallel.targets import parse_target
 
