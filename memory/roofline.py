@@ -31,8 +31,7 @@ def step_time(job: Job, target: Target) -> StepTime:
     ceilings, chip = CEILINGS[target.chip.kind], target.chip
     terms = Terms(job, chip)
     if job.pipeline is not None:
-        actions = Actions(job, target, recomputed(job, terms.form))
-        return stage_time(actions, model_flops(job))
+        return stage_time(actions_of(job, target), model_flops(job))
     peak = chip.flops(job.precision.compute)
     return _together(
         job,
@@ -42,6 +41,11 @@ def step_time(job: Job, target: Target) -> StepTime:
         links=communication_seconds(job, terms, target),
         host=_host_seconds(job, terms, target),
     )
+
+
+def actions_of(job: Job, target: Target) -> Actions:
+    """What the actions of a job's pipeline do."""
+    return Actions(job, target, recomputed(job, Terms(job, target.chip).form))
 
 
 def counted_time(job: Job, target: Target, counts: Counts) -> StepTime:
