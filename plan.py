@@ -32,6 +32,7 @@ def main(
     from config_border import with_values
     from config_types import plain
     from experiment import read_experiment
+    from memory.pipeline_figures import pipeline_figures
     from memory.plan import GIB, budget_for, limit_for, plan, remedies, together
     from memory.plan_text import describe
     from parallel.targets import parse_target
@@ -50,6 +51,8 @@ def main(
 
     # --- The grades -------------------------------------------------------------------------------
     row = plan(job, aim, name=experiment.describe_layout(), overrides={}, limit_bytes=limit)
+    staged = pipeline_figures(job, aim, row["predicted"]["phases"])
+    row["pipeline"] = staged.grade() if staged else None
     buffers, timeline, notes = [], [], []
     if compile:
         from compile_for import compile_for
@@ -95,7 +98,7 @@ def main(
     if html:
         from memory.report import plan_html
 
-        write("html", html, plan_html(row, timeline, buffers))
+        write("html", html, plan_html(row, timeline, buffers, staged.drawing() if staged else ""))
     if row["status"] == "failed":
         raise ValueError(f"--compile: the compiler of --target={target} failed: {row['error']}")
     if not row["fits"] and not row["together"]:

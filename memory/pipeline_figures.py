@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 
 from memory import timeline
 from memory.job import Job
-from memory.predict import Prediction
 from memory.roofline import actions_of
 from memory.stage_time import action_costs
 from parallel.schedule import Schedule
@@ -70,13 +70,19 @@ class PipelineFigures:
         return timeline.fragment(self.schedule, replace(self.costs, **scaled))
 
 
-def pipeline_figures(job: Job, target: Target, prediction: Prediction) -> PipelineFigures | None:
-    """The figures of a job; None where it has no stages."""
+def pipeline_figures(
+    job: Job, target: Target, phases: Mapping[str, int]
+) -> PipelineFigures | None:
+    """The figures of a job; None where it has no stages.
+
+    Args:
+      phases: phase -> bytes, as predicted.
+    """
     if job.pipeline is None:
         return None
     actions = actions_of(job, target)
     stages = actions.stages
-    largest = max(prediction.phases, key=lambda name: prediction.phases[name])
+    largest = max(phases, key=lambda name: phases[name])
     return PipelineFigures(
         job.pipeline.table(stages.table.stages, job.micro_steps),
         action_costs(actions),

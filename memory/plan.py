@@ -19,6 +19,9 @@ from memory.job import Job
 from memory.predict import Prediction, predict
 from memory.roofline import step_time
 from memory.step_time import StepTime
+from parallel.mesh import PIPE
+from parallel.pipeline import PipelineConfig
+from parallel.schedule_kinds import FORMS
 from parallel.targets import Target
 
 Row = dict[str, Any]
@@ -140,18 +143,40 @@ def candidates(job: Job, platform: str) -> Iterable[dict[str, Any]]:
             "config.mesh.fsdp": fsdp // 2,
             "config.parallel.sequence": True,
         }
+    staged = job.pipeline is not None
+    parts = "config.pipeline.microbatches" if staged else "config.train.grad_accumulation"
     micro = job.micro_steps
     while job.rows * job.micro_steps > micro:
         micro *= 2
-        yield {"config.train.grad_accumulation": micro}
+        yield {parts: micro}
+    if job.pipeline is not None:
+        yield from _other_stages(job, job.pipeline)
     if job.precision.compute == "float32":
         yield {"config.precision.compute": "bfloat16"}
-    if platform != "cpu" and not job.optimizer.offload:
+    if platform != "cpu" and not staged and not job.optimizer.offload:
         yield {"config.optimizer.offload": True}
     if job.model.attention == "xla":
         yield {"config.model.attention": "blocked"}
     if job.loss.chunk > 256:
         yield {"config.loss.chunk": 256}
+
+
+def _other_stages(job: Job, pipeline: PipelineConfig) -> Iterable[dict[str, Any]]:
+    """Schedules and forms with other slots, and twice as many stages."""
+    for name, forms in FORMS.items():
+        for form in forms:
+            if (name, form) != (pipeline.schedule, pipeline.form or FORMS[name][0]):
+                yield {
+                    "config.pipeline.schedule": name,
+                    "config.pipeline.form": form,
+                    "config.pipeline.chunks": 0,
+                }
+    for axis in ("data", "fsdp", "tensor"):
+        if job.sizes[axis] % 2 == 0:
+            yield {
+                "config.mesh.pipe": 2 * job.sizes[PIPE],
+                f"config.mesh.{axis}": job.sizes[axis] // 2,
+            }
 
 
 def remedies(

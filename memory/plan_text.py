@@ -25,6 +25,7 @@ def describe(row: Row, job: Job, target: Target) -> str:
         "",
         verdict(row),
         *_time(row, job),
+        *_pipeline(row.get("pipeline")),
     ]
     if row.get("remedies"):
         lines += ["", "what would help, by itself:", *(f"  {line}" for line in row["remedies"])]
@@ -91,6 +92,26 @@ def _time(row: Row, job: Job) -> list[str]:
             line += f", MFU {grade['mfu']:.1%} ({shares})"
         lines.append(line)
     return lines
+
+
+def _pipeline(figures: dict[str, Any] | None) -> list[str]:
+    """What a pipeline's table is, what it waits for, and what it keeps."""
+    if figures is None:
+        return []
+    layers = " ".join(map(str, figures["layers"]))
+    if len(set(figures["layers"])) == 1:
+        layers = f"{figures['layers'][0]} each"
+    kept = ", ".join(f"{count} x {name}" for name, count in figures["slots"].items())
+    return [
+        "",
+        f"pipeline: {figures['schedule']}: {figures['stages']} stages, layers of chunks {layers}; "
+        f"{figures['microbatches']} micro-batches in {figures['ticks']} ticks",
+        f"  the stage with most work waits {figures['bubble_lockstep']:.1%} of "
+        f"{_seconds(figures['seconds_lockstep'])} in ticks (lockstep); stages by themselves (ideal) "
+        f"would {figures['bubble_ideal']:.1%} of {_seconds(figures['seconds_ideal'])}",
+        f"  slots on every stage: {kept}",
+        f"  memory is the same on all stages, one program; it is decided by {figures['decides']}",
+    ]
 
 
 def _seconds(seconds: float) -> str:

@@ -29,11 +29,11 @@ DRAWN = {
     "optimizer state": ("#75C6FF", ("optimizer: ",)),
     "weights in compute dtype": ("#8608F9", ("weights in", "weights before")),
     "gathered weights": ("#C074EB", ("gathered weights",)),
-    "activations": ("#AFE2B7", ("saved: ", "activations")),
+    "activations": ("#AFE2B7", ("saved: ", "activations", "pipeline buffers", "computed again")),
     "gradients": ("#F9CF11", ("gradient", "summed gradients")),
     "attention": ("#D77703", ("attention", "one layer: attention")),
     "feed-forward": ("#684018", ("feed-forward", "one layer: feed-forward")),
-    "residual stream": ("#EF9F5E", ("one layer: residual", "hidden states", "embedding")),
+    "residual stream": ("#EF9F5E", ("one layer: residual", "hidden states", "embedding", "sent")),
     "loss head": ("#816500", ("loss head",)),
     "update": ("#A1016A", ("update", "optimizer")),
     "packing": ("#B1B1B2", ("packing",)),
@@ -85,7 +85,9 @@ def html(rows: Sequence[Row], *, title: str, limit_bytes: int) -> str:
     return _page(title, "", limit_bytes, [_drawn(row) for row in rows], plan=None)
 
 
-def plan_html(row: Row, timeline: Sequence[Any], buffers: Sequence[Any]) -> str:
+def plan_html(
+    row: Row, timeline: Sequence[Any], buffers: Sequence[Any], schedule: str = ""
+) -> str:
     """The page of one plan: its grades side by side, memory over the step, the largest buffers.
 
     Args:
@@ -93,6 +95,7 @@ def plan_html(row: Row, timeline: Sequence[Any], buffers: Sequence[Any]) -> str:
       timeline: (position in the step from 0 to 1, {component: bytes}), of the temporaries of the
         compiled program.
       buffers: {"bytes", "shape", "component", "source"} of the largest ones.
+      schedule: the drawing of a pipeline's timeline, an `<svg>`.
     """
     grades = [
         {"name": name} | _bar(row[name], row[name])
@@ -110,7 +113,7 @@ def plan_html(row: Row, timeline: Sequence[Any], buffers: Sequence[Any]) -> str:
             {"at": at, "parts": parts}
             for (at, _), parts in zip(timeline, _folded(stacks), strict=True)
         ]
-    plan = {"timeline": moments, "buffers": list(buffers)[:40]}
+    plan = {"timeline": moments, "buffers": list(buffers)[:40], "schedule": schedule}
     title = f"{row['name']} on {row['target']}"
     return _page(title, verdict(row), row["limit_bytes"], grades, plan)
 

@@ -479,7 +479,7 @@ def test_the_timeline_has_its_state_its_peak_and_the_limit(planned):
     assert len(found["areas"]) == len(found["timeline"])
     assert next(iter(found["timeline"])) == "state and batch"
     assert found["buffers"] == ["a.py:1", EVIL]
-    assert found["hidden"] == ["table-section", "scatter-section"]
+    assert found["hidden"] == ["table-section", "schedule-section", "scatter-section"]
 
 
 def test_a_component_has_one_colour_everywhere(planned):
