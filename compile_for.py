@@ -121,10 +121,11 @@ def counted(compiled: Compiled, job: Job, target: Target) -> dict[str, Any]:
     from memory.hlo import parse
     from memory.hlo_costs import count
     from memory.liveness import live_at_peak
-    from memory.roofline import counted_time
+    from memory.roofline import branch_shares, counted_time
 
     module = parse(compiled.text)
-    counts, live = count(module, job.sizes), live_at_peak(module)
+    counts = count(module, job.sizes, branch_shares(job, target))
+    live = live_at_peak(module)
     # What the compiler keeps beyond what lives: gaps between buffers, and what outlives its use.
     packing = compiled.temporaries - live.peak_bytes
     state = {"state and batch": compiled.arguments}

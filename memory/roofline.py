@@ -13,9 +13,10 @@ of n moves (n - 1) / n of the whole for a gather or a scatter, twice that for bo
 
 from __future__ import annotations
 
+from memory.branches import Branches
 from memory.hlo_costs import Counts
 from memory.job import Job
-from memory.stage_time import stage_time
+from memory.stage_time import bubble_share, busiest_stage, stage_time
 from memory.stage_work import Actions
 from memory.step_time import CEILINGS, StepTime, exposed
 from memory.terms import Terms
@@ -48,10 +49,20 @@ def actions_of(job: Job, target: Target) -> Actions:
     return Actions(job, target, recomputed(job, Terms(job, target.chip).form))
 
 
+def branch_shares(job: Job, target: Target) -> Branches | None:
+    """How often the compiled step of a pipeline takes its branches on the stage with most work."""
+    if job.pipeline is None:
+        return None
+    actions = actions_of(job, target)
+    return Branches(actions.stages.table, busiest_stage(actions))
+
+
 def counted_time(job: Job, target: Target, counts: Counts) -> StepTime:
     """The same roofline of the work that the compiled step of `job` holds.
 
     What is moved to the host is as predicted: the program's copies do not say what waits for them.
+    Of a pipeline, `counts` are one stage's (`memory/branches.py`), and the bubble is as predicted in
+    proportion to what a stage does in its ticks.
     """
     ceilings, chip = CEILINGS[target.chip.kind], target.chip
     peak = chip.flops(job.precision.compute)
@@ -59,8 +70,10 @@ def counted_time(job: Job, target: Target, counts: Counts) -> StepTime:
     for c in counts.collectives:
         rounds = {"all-reduce": 2.0, "collective-permute": c.group / (c.group - 1)}.get(c.kind, 1.0)
         moved = c.bytes * c.count * rounds * (c.group - 1) / c.group
-        seconds = moved / target.bandwidth(job.sizes, tuple(c.axis.split("+")))
-        links[c.axis] = links.get(c.axis, 0.0) + seconds
+        hops = (c.axis, c.kind) == (PIPE, "collective-permute")
+        axes = tuple(c.axis.split("+"))
+        bandwidth = target.hop(job.sizes, PIPE) if hops else target.bandwidth(job.sizes, axes)
+        links[c.axis] = links.get(c.axis, 0.0) + moved / bandwidth
     return _together(
         job,
         target,
@@ -68,19 +81,29 @@ def counted_time(job: Job, target: Target, counts: Counts) -> StepTime:
         memory=counts.streamed_bytes / (chip.memory_bandwidth * ceilings.stream),
         links=links,
         host=_host_seconds(job, Terms(job, chip), target),
+        bubble=0.0 if job.pipeline is None else bubble_share(actions_of(job, target)),
     )
 
 
 def _together(
-    job: Job, target: Target, *, compute: float, memory: float, links: dict[str, float], host: float
+    job: Job,
+    target: Target,
+    *,
+    compute: float,
+    memory: float,
+    links: dict[str, float],
+    host: float,
+    bubble: float = 0.0,
 ) -> StepTime:
-    """The step time of work whose parts take so many seconds; `links` at their full rate."""
+    """The step time of work whose parts take so many seconds; `links` at their full rate, `bubble`
+    as a share of all else.
+    """
     ceilings = CEILINGS[target.chip.kind]
     communication = {axis: seconds / ceilings.link for axis, seconds in links.items() if seconds}
     waits = exposed(communication, compute + memory if ceilings.overlap else 0.0)
     whole = compute + memory + sum(waits.values()) + host
-    mfu = model_flops(job) / (target.chip.flops(job.precision.compute) * whole)
-    return StepTime(compute, memory, communication, waits, host, 0.0, mfu)
+    mfu = model_flops(job) / (target.chip.flops(job.precision.compute) * whole * (1 + bubble))
+    return StepTime(compute, memory, communication, waits, host, bubble * whole, mfu)
 
 
 def model_flops(job: Job) -> float:

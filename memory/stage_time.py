@@ -55,7 +55,7 @@ def stage_time(actions: Actions, model_flops: float) -> StepTime:
     costs = {kind: _totals(of) for kind, of in seconds.items()}
     work = table.work(costs)
     busiest = int(work.argmax())
-    bubble = table.lockstep(costs) - float(work[busiest])
+    bubble = max(0.0, table.lockstep(costs) - float(work[busiest]))
     sent = actions.transfers / CEILINGS[chip.kind].link
     parts = [(1.0, timed(actions, actions.border)), (1.0, Seconds(0, 0, *[{PIPE: sent}] * 2))]
     for kind, of in seconds.items():
@@ -67,6 +67,18 @@ def stage_time(actions: Actions, model_flops: float) -> StepTime:
     whole = compute + memory + sum(waits.values()) + bubble
     mfu = model_flops / (chip.flops(actions.job.precision.compute) * whole)
     return StepTime(compute, memory, links, waits, 0.0, bubble, mfu)
+
+
+def busiest_stage(actions: Actions) -> int:
+    """The stage with the most work."""
+    costs = {kind: _totals(_of_all(actions, kind)) for kind in KINDS}
+    return int(actions.stages.table.work(costs).argmax())
+
+
+def bubble_share(actions: Actions) -> float:
+    """What the stage with the most work waits for the others, as a share of all else in a step."""
+    time = stage_time(actions, 0.0)
+    return time.bubble_seconds / (time.seconds - time.bubble_seconds)
 
 
 def action_costs(actions: Actions) -> Costs:
