@@ -9,7 +9,7 @@ tensors beside themselves (`*_weights`, `*_residuals` in models/).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from memory.job import Job
 from memory.moments import moments
@@ -19,8 +19,22 @@ from models.decoder import decoder_weights
 from parallel.chips import Chip
 from parallel.footprint import ITEM, Activation, Weight, activation_bytes, elements
 from parallel.remat import PRESETS, PRODUCT_INPUTS, TENSORS
+from parallel.rules import Rules
 
 INT32 = ITEM["int32"]
+
+
+@lru_cache(maxsize=2**14)
+def _laid_out(weight: Weight, where: str, rules: Rules, tiled: bool) -> int:
+    """Elements of one weight; a search asks for the same ones again and again."""
+    spec = {
+        "at_rest": rules.at_rest,
+        "in_model": rules.in_model,
+        "in_stage": rules.in_stage,
+        "of_gradient": rules.of_gradient,
+        "gathered": rules.gathered,
+    }[where]
+    return elements(weight, spec(weight.axes, weight.shape), rules, tiled=tiled)
 
 
 @dataclass(frozen=True)
@@ -100,19 +114,8 @@ class Terms:
 
     def laid_out(self, weights: list[Weight], where: str) -> int:
         """Elements on one device: a method of `Rules` by name."""
-        rules = self.job.rules
-        spec = {
-            "at_rest": rules.at_rest,
-            "in_model": rules.in_model,
-            "in_stage": rules.in_stage,
-            "of_gradient": rules.of_gradient,
-            "gathered": rules.gathered,
-        }[where]
         tiled = self.chip.kind == "tpu"
-        return sum(
-            elements(weight, spec(weight.axes, weight.shape), rules, tiled=tiled)
-            for weight in weights
-        )
+        return sum(_laid_out(weight, where, self.job.rules, tiled) for weight in weights)
 
     # --- the state ------------------------------------------------------------------------------
 

@@ -88,11 +88,11 @@ def activation_bytes(
       dtypes: what "compute" and "product" stand for.
     """
     total = 0
+    table = dict(rules.table)
     for tensor in tensors:
         dtype = dtypes.get(tensor.dtype, tensor.dtype)
         count = 1
         for dim in tensor.dims.split():
-            known = dim in dict(rules.table)
-            count *= -(-sizes[dim] // (rules.parts(dim) if known else 1))
+            count *= -(-sizes[dim] // rules.size(table.get(dim, ())))
         total += count * ITEM[dtype]
     return total
