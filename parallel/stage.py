@@ -106,9 +106,10 @@ class Stage:
         self.last = self.schedule.positions - 1
         self.layers = cut.layers // self.schedule.positions  # of a chunk
 
-    def run(self, table: Any) -> Carry:
-        """The carry after all ticks; `table` holds this stage's columns."""
-        return lax.scan(self.tick, self.start(), table)[0]
+    def run(self, table: Any) -> tuple[Carry, jax.Array]:
+        """The carry after all ticks, and which actions ran; `table` holds this stage's columns."""
+        ran = jnp.stack([table[kind]["microbatch"] >= 0 for kind in "FBW"], -1)
+        return lax.scan(self.tick, self.start(), table)[0], ran.astype(jnp.int32)
 
     # --- The parts of the model, as functions of what is differentiated ----------------------
 
