@@ -7,9 +7,9 @@ lengthens no tick. What a layer, the embedding and the head cost is the caller's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, permutations
+from itertools import accumulate, pairwise, permutations
 
 from parallel.schedule import Schedule
 
@@ -105,18 +105,24 @@ def divide(
     total = before[-1] + costs.first + costs.last
 
     def load(position: int, start: int, end: int) -> float:
-        """Of a position with these periods, as a share; rounded, or noise would break ties."""
+        """Of a position with these periods, as a share of the whole."""
         extra = costs.first * (position == 0) + costs.last * (position == positions - 1)
-        return round((before[end] - before[start] + extra) / total, 9)
+        return (before[end] - before[start] + extra) / total
 
-    def badness(ends: Sequence[int]) -> tuple[list[float], list[float], list[int]]:
+    def falling(loads: Iterable[float]) -> list[float]:
+        # Rounded, or the noise of summing would break ties.
+        return sorted((round(load, 9) for load in loads), reverse=True)
+
+    def badness(ends: Sequence[int]) -> tuple[list[float], ...]:
         starts = [0, *ends[:-1]]
-        loads = [load(i, start, end) for i, (start, end) in enumerate(zip(starts, ends))]
+        loads = [
+            load(i, start, end) for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+        ]
         of_stage = dict.fromkeys(home, 0.0)
         for stage, value in zip(home, loads, strict=True):
-            of_stage[stage] = round(of_stage[stage] + value, 9)
-        numbers = sorted((end - start for start, end in zip(starts, ends)), reverse=True)
-        return sorted(of_stage.values(), reverse=True), sorted(loads, reverse=True), numbers
+            of_stage[stage] += value
+        numbers = falling(end - start for start, end in zip(starts, ends, strict=True))
+        return falling(of_stage.values()), falling(loads), numbers
 
     ends = _least_load(len(before) - 1, positions, load)
     best = badness(ends)
@@ -128,16 +134,14 @@ def divide(
             step = 1 if taker < giver else -1
             low, high = min(giver, taker), max(giver, taker)
             other = [end + step * (low <= i < high) for i, end in enumerate(ends)]
-            if all(a < b for a, b in zip([0, *other], other)) and (bad := badness(other)) < best:
+            if all(a < b for a, b in pairwise([0, *other])) and (bad := badness(other)) < best:
                 ends, best, moved = other, bad, True
     return Division(
         tuple((end - start) * period for start, end in zip([0, *ends[:-1]], ends, strict=True))
     )
 
 
-def _least_load(
-    periods: int, positions: int, load: Callable[[int, int, int], float]
-) -> list[int]:
+def _least_load(periods: int, positions: int, load: Callable[[int, int, int], float]) -> list[int]:
     """Where each position ends, so that the most loaded has least; by dynamic programming."""
     # best[end]: (the most load so far, the cuts) with the positions up to now ending there.
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}

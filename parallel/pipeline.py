@@ -32,7 +32,6 @@ from parallel.schedule_slots import RESIDUALS
 from parallel.stage import INPUTS, Arrays, Cut, Parts, Stage, Sums
 from parallel.zero import Tree
 
-
 BALANCES = ("equal", "cost")
 
 
