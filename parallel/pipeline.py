@@ -1,9 +1,10 @@
 """The executor of pipeline schedules: one program for any table, in one SPMD computation.
 
-Only the pipe axis is Manual, so each stage runs the column of the table that is its own, and what a
-stage computes stays Explicit over the other axes. The members of a collective over those are of one
-stage and take the same branch; between stages there is nothing but one `ppermute` for each transfer
-of a tick. A tick's actions stand behind a `cond` each: an idle stage computes nothing.
+Only the pipe axis is Manual (`parallel/by_stage.py`), so each stage runs the column of the table
+that is its own, and what a stage computes stays Explicit over the other axes. The members of a
+collective over those are of one stage and take the same branch; between stages there is nothing but
+one `ppermute` for each transfer of a tick. A tick's actions stand behind a `cond` each: an idle
+stage computes nothing.
 
 Everything that outlives a tick is in the carry of one scan: ring buffers with as many slots as the
 table needs, and one sum of gradients. The scan is never differentiated; gradients are taken inside
@@ -21,6 +22,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from parallel.by_stage import by_stage
 from parallel.division import Costs, Division, check_layers, divide
 from parallel.exchange import to_spread
 from parallel.mesh import PIPE
@@ -152,7 +154,6 @@ def run_pipeline(
     tree: Any
     names, tree = jax.tree.flatten(axes)
     stacked = [name.split()[0] == "layers" for name in names]
-    by_stage = tree.unflatten([P(PIPE) if own else P() for own in stacked])
     parts = Parts(tree, stacked)
 
     def stage(
@@ -169,16 +170,15 @@ def run_pipeline(
         grads = parts.join(carry["own"], summed)
         return lax.psum(carry["sums"], PIPE), grads, jnp.expand_dims(ran, 1)
 
-    run = jax.shard_map(
-        stage,
-        in_specs=(by_stage, None if copy is None else by_stage, P(), P(), P(None, PIPE)),
-        out_specs=(P(), by_stage, P(None, PIPE)),
-        axis_names={PIPE},
-        check_vma=False,
-    )
     rows = stage_rows(schedule, division)
     assert rules.rows == (rows is None), "the layout at rest is of another division"
-    sums, grads, ran = run(leaves, copy, microbatches, key, _columns(program, division))
+    divided = jax.tree.map(lambda a, names: rules.in_stage(names, a.shape), leaves, axes)
+    columns = jax.tree.map(
+        lambda a: jax.reshard(jnp.asarray(a), P(None, PIPE)), _columns(program, division)
+    )
+    sums, grads, ran = by_stage(
+        stage, (P(), divided, P(None, PIPE)), leaves, copy, microbatches, key, columns
+    )
 
     def at_rest(array: jax.Array, names: str, own: bool) -> jax.Array:
         if not own or rows is None:
