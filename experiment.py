@@ -234,11 +234,6 @@ def check_pipeline(experiment: Experiment) -> None:
             f"config.optimizer.offload = True: not built for config.mesh.pipe = "
             f"{experiment.mesh.pipe}; set it to False, or the pipe axis to 1"
         )
-    if experiment.layout == "auto":
-        raise ValueError(
-            f"config.layout = 'auto': the search has no pipelines; with config.mesh.pipe = "
-            f"{experiment.mesh.pipe} it is 'given'"
-        )
 
 
 def divided(experiment: Experiment) -> PipelineConfig:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,8 +13,18 @@ from config_border import override, with_values
 from config_types import plain
 from experiment import read_experiment
 from memory.job import Job
+from memory.pipeline_search import front, remats, staged_meshes, tables
 from memory.plan import Row, plan
-from memory.search import describe, layouts, ranked, remat_choices, widest_tensor
+from memory.predict import predict
+from memory.roofline import step_time
+from memory.search import (
+    describe,
+    layouts,
+    precision_choices,
+    ranked,
+    remat_choices,
+    widest_tensor,
+)
 from parallel.targets import Target
 
 Overrides = dict[str, Any]
@@ -36,7 +47,8 @@ def all_rows(
 ) -> list[Row]:
     """Every layout of the config's step on the target, predicted, the fastest first.
 
-    The config's own mesh, ZeRO level, remat policy, offloading and micro-steps give way.
+    The config's own mesh, ZeRO level, remat policy, offloading, micro-steps and pipeline give way.
+    Of pipelines there are the promising ones: see `memory/pipeline_search.py`.
 
     Raises:
       ValueError: there is none; says what is wrong with the first.
@@ -52,7 +64,7 @@ def all_rows(
     )
     rows: list[Row] = []
     error: ValueError | None = None
-    for overrides in space:
+    for overrides in itertools.chain(space, staged(config, target, precisions)):
         try:
             job = make_job(config, target, overrides)
         except ValueError as wrong:
@@ -71,6 +83,53 @@ def all_rows(
         f"multiple of {count}, or other devices"
         + (f" (nor does tensor help: {why})" if error else "")
     )
+
+
+def staged(
+    config: ConfigDict, target: Target, precisions: Sequence[tuple[str, str]]
+) -> Iterator[Overrides]:
+    """Layouts with stages: for each number of stages those that none beats in time and memory."""
+    model = config.model
+    periods = model.layers // len(model.pattern)
+    own = plain(config.remat)
+    policies = remats(remat_choices(own, host_memory=False))
+    found: dict[int, list[tuple[float, float, Overrides]]] = {}
+    meshes = staged_meshes(
+        target.device_count,
+        config.data.batch_size,
+        widest=widest_tensor(target),
+        periods=periods,
+    )
+    for mesh, precision in itertools.product(meshes, precision_choices(precisions)):
+        stages = mesh["config.mesh.pipe"]
+        rows = config.data.batch_size // (mesh["config.mesh.data"] * mesh["config.mesh.fsdp"])
+        space = list(tables(stages, rows, periods))
+        for policy in policies:
+            fixed = mesh | precision | policy
+            job: Job | None = None
+            for table in space:
+                keys = {f"config.pipeline.{key}": value for key, value in table.items()}
+                try:
+                    # One is read and checked as a config, the others differ in the table alone.
+                    job = job or make_job(config, target, fixed | keys)
+                    other = with_table(job, table)
+                except ValueError:
+                    continue
+                size = predict(other, target.chip).total_bytes
+                seconds = step_time(other, target).seconds
+                found.setdefault(stages, []).append((seconds, size, fixed | keys))
+    for each in found.values():
+        yield from front(each)
+
+
+def with_table(job: Job, table: dict[str, Any]) -> Job:
+    """The job with another schedule.
+
+    Raises:
+      ValueError: the layers do not divide into its chunks.
+    """
+    assert job.pipeline is not None
+    return job.with_pipeline(replace(job.pipeline, **table))
 
 
 def grid_rows(

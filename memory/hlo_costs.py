@@ -104,7 +104,9 @@ def _inner(
     module = program.module
     if i.opcode == "while":
         body = module.computations[i.called()["body"]]
-        return [_of(program, body, times * trip_count(module, where, i), i.name)]
+        turns = program.branches.turns(module, i) if program.branches else None
+        turns = trip_count(module, where, i) if turns is None else turns
+        return [_of(program, body, times * turns, i.name)]
     if i.opcode == "conditional":
         branches = in_order(module, i)
         shares = program.branches.shares(module, i) if program.branches else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.config import DecoderConfig
-from parallel.mesh import MeshConfig
+from models.flops import flops_by_layer, head_flops
+from parallel.division import Costs
+from parallel.mesh import PIPE, MeshConfig
 from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
 from parallel.remat import RematConfig
@@ -58,6 +60,25 @@ class Job:
     def tokens(self) -> int:
         """Tokens of one micro-step on one device."""
         return self.rows * self.sequence_length
+
+    def with_pipeline(self, pipeline: PipelineConfig) -> Job:
+        """The same step by another schedule, its layers divided by it.
+
+        Raises:
+          ValueError: the schedule is none for these stages, or the layers none for its chunks.
+        """
+        stages, model = self.sizes[PIPE], self.model
+        # Only the chunks' places count, which the smallest table has as the whole one has.
+        schedule = replace(pipeline, microbatches=stages).table(stages)
+        costs = Costs(flops_by_layer(model, self.sequence_length), last=head_flops(model))
+        division = pipeline.division(schedule, model.layers, len(model.pattern), costs)
+        rules = replace(self.rules, rows=division.in_rows(schedule))
+        return replace(
+            self,
+            pipeline=replace(pipeline, layers=division.layers),
+            micro_steps=pipeline.microbatches,
+            rules=rules,
+        )
 
     def build(self) -> tuple[Model, Optimizer, Step]:
         """Model, optimizer and step as pure functions; call it inside `jax.set_mesh`."""

@@ -54,7 +54,9 @@ def branch_shares(job: Job, target: Target) -> Branches | None:
     if job.pipeline is None:
         return None
     actions = actions_of(job, target)
-    return Branches(actions.stages.table, busiest_stage(actions))
+    stages, period = actions.stages, len(job.model.pattern)
+    units = tuple(layers / period for layers in stages.division)
+    return Branches(stages.table, busiest_stage(actions), units)
 
 
 def counted_time(job: Job, target: Target, counts: Counts) -> StepTime:

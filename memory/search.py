@@ -55,6 +55,7 @@ def layouts(
             for sequence in (False, True) if sizes["tensor"] > 1 else (False,):
                 fixed = {f"config.mesh.{axis}": size for axis, size in sizes.items()}
                 fixed |= {"config.parallel.zero": zero, "config.parallel.sequence": sequence}
+                fixed |= {"config.mesh.pipe": 1}
                 for remat in remats:
                     for micro in powers_of_two(rows):
                         layout = fixed | remat | {"config.train.grad_accumulation": micro}
@@ -118,6 +119,16 @@ def describe(overrides: Overrides) -> str:
         words.append(f"zero {zero}")
     if sequence:
         words.append("sequence")
+    schedule, form = value.pop("pipeline.schedule", None), value.pop("pipeline.form", "")
+    if schedule is not None:
+        chunks = value.pop("pipeline.chunks", 0)
+        each = [form] if form else []
+        each += [f"{chunks} chunks"] if chunks else []
+        words.append(" ".join([schedule, *each]))
+    if (parts := value.pop("pipeline.microbatches", None)) is not None:
+        words.append(f"micro-batches {parts}")
+    if not value.get("pipeline.layers", True):
+        value.pop("pipeline.layers")
     policy = value.pop("remat.policy", None)
     save, offloaded = value.pop("remat.save", ()), value.pop("remat.offload", ())
     if policy is not None:
@@ -278,8 +289,13 @@ def _products(
     offload: Sequence[bool], precisions: Sequence[tuple[str, str]]
 ) -> Iterator[Overrides]:
     for on_host in offload or (None,):
-        for precision in precisions or (None,):
-            one: Overrides = {} if on_host is None else {"config.optimizer.offload": on_host}
-            if precision is not None:
-                one["config.precision.params"], one["config.precision.compute"] = precision
-            yield one
+        for precision in precision_choices(precisions):
+            yield ({} if on_host is None else {"config.optimizer.offload": on_host}) | precision
+
+
+def precision_choices(precisions: Sequence[tuple[str, str]]) -> list[Overrides]:
+    """Overrides for (params, compute) each; none leaves the config's own."""
+    return [
+        {"config.precision.params": params, "config.precision.compute": compute}
+        for params, compute in precisions
+    ] or [{}]

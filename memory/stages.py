@@ -38,13 +38,11 @@ class Stages:
     def table(self) -> Table:
         return table_of(self.job)
 
-    @cached_property
+    @property
     def division(self) -> tuple[int, ...]:
         """Layers of each chunk, in the model's order."""
-        period = len(self.job.model.pattern)
-        positions = self.table.stages * self.table.chunks
-        least, more = divmod(self.job.model.layers // period, positions)
-        return tuple(period * (least + (i < more)) for i in range(positions))
+        assert self.job.pipeline is not None
+        return self.job.pipeline.layers
 
     @property
     def rows(self) -> int:
@@ -61,7 +59,7 @@ class Stages:
     @property
     def moved(self) -> bool:
         """Whether layers are elsewhere at rest than on the stage that runs them."""
-        return self.table.chunks > 1 or self.layers * self.table.stages > self.job.model.layers
+        return not self.job.rules.rows
 
     def _own(self, where: str) -> int:
         """Elements of the layers of one stage."""
