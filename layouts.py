@@ -13,7 +13,7 @@ from config_border import override, with_values
 from config_types import plain
 from experiment import read_experiment
 from memory.job import Job
-from memory.pipeline_search import front, remats, staged_meshes, tables
+from memory.pipeline_search import front, promising, remats, staged_meshes, tables
 from memory.plan import Row, plan
 from memory.predict import predict
 from memory.roofline import step_time
@@ -64,7 +64,7 @@ def all_rows(
     )
     rows: list[Row] = []
     error: ValueError | None = None
-    for overrides in itertools.chain(space, staged(config, target, precisions)):
+    for overrides in itertools.chain(space, staged(config, target, limit_bytes, precisions)):
         try:
             job = make_job(config, target, overrides)
         except ValueError as wrong:
@@ -86,50 +86,55 @@ def all_rows(
 
 
 def staged(
-    config: ConfigDict, target: Target, precisions: Sequence[tuple[str, str]]
+    config: ConfigDict, target: Target, limit_bytes: int, precisions: Sequence[tuple[str, str]]
 ) -> Iterator[Overrides]:
     """Layouts with stages: for each number of stages those that none beats in time and memory."""
     model = config.model
     periods = model.layers // len(model.pattern)
     own = plain(config.remat)
     policies = remats(remat_choices(own, host_memory=False))
-    found: dict[int, list[tuple[float, float, Overrides]]] = {}
     meshes = staged_meshes(
         target.device_count,
         config.data.batch_size,
         widest=widest_tensor(target),
         periods=periods,
     )
-    for mesh, precision in itertools.product(meshes, precision_choices(precisions)):
-        stages = mesh["config.mesh.pipe"]
-        rows = config.data.batch_size // (mesh["config.mesh.data"] * mesh["config.mesh.fsdp"])
-        space = list(tables(stages, rows, periods))
-        for policy in policies:
-            fixed = mesh | precision | policy
-            job: Job | None = None
-            for table in space:
-                keys = {f"config.pipeline.{key}": value for key, value in table.items()}
-                try:
-                    # One is read and checked as a config, the others differ in the table alone.
-                    job = job or make_job(config, target, fixed | keys)
-                    other = with_table(job, table)
-                except ValueError:
-                    continue
+    found: dict[int, list[tuple[float, float, tuple[Overrides, Job]]]] = {}
+    for mesh, precision, policy in itertools.product(
+        meshes, precision_choices(precisions), remats(remat_choices(own, host_memory=False))
+    ):
+        fixed = mesh | precision | policy
+        for table in tables(mesh["config.mesh.pipe"], rows_of(config, mesh), periods):
+            try:  # one is read and checked as a config, the others differ in the table alone
+                job = make_job(config, target, fixed | pipeline_keys(table))
+            except ValueError:
+                continue
+            time, size = step_time(job, target), predict(job, target.chip).total_bytes
+            one = time.seconds - time.bubble_seconds, float(size), (fixed, job)
+            found.setdefault(mesh["config.mesh.pipe"], []).append(one)
+            break
+    for stages, each in found.items():
+        known: list[tuple[float, float, Overrides]] = []
+        for fixed, job in promising(each, limit_bytes):
+            for table in tables(stages, rows_of(config, fixed), periods):
+                assert job.pipeline is not None
+                other = job.with_pipeline(replace(job.pipeline, **table))
                 size = predict(other, target.chip).total_bytes
-                seconds = step_time(other, target).seconds
-                found.setdefault(stages, []).append((seconds, size, fixed | keys))
-    for each in found.values():
-        yield from front(each)
+                keys = fixed | pipeline_keys(table)
+                known.append((step_time(other, target).seconds, size, keys))
+        yield from front(known)
 
 
-def with_table(job: Job, table: dict[str, Any]) -> Job:
-    """The job with another schedule.
+def rows_of(config: ConfigDict, mesh: Overrides) -> int:
+    """Sequences of a step on one device."""
+    return int(
+        config.data.batch_size // (mesh["config.mesh.data"] * mesh["config.mesh.fsdp"])
+    )
 
-    Raises:
-      ValueError: the layers do not divide into its chunks.
-    """
-    assert job.pipeline is not None
-    return job.with_pipeline(replace(job.pipeline, **table))
+
+def pipeline_keys(table: dict[str, Any]) -> Overrides:
+    """The overrides of a table's keys."""
+    return {f"config.pipeline.{key}": value for key, value in table.items()}
 
 
 def grid_rows(

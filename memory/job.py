@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from models.config import DecoderConfig
 from models.flops import flops_by_layer, head_flops
@@ -69,13 +70,12 @@ class Job:
         """
         stages, model = self.sizes[PIPE], self.model
         # Only the chunks' places count, which the smallest table has as the whole one has.
-        schedule = replace(pipeline, microbatches=stages).table(stages)
-        costs = Costs(flops_by_layer(model, self.sequence_length), last=head_flops(model))
-        division = pipeline.division(schedule, model.layers, len(model.pattern), costs)
-        rules = replace(self.rules, rows=division.in_rows(schedule))
+        shortest = replace(pipeline, microbatches=stages)
+        layers, in_rows = _divided(shortest, stages, model, self.sequence_length)
+        rules = replace(self.rules, rows=in_rows)
         return replace(
             self,
-            pipeline=replace(pipeline, layers=division.layers),
+            pipeline=replace(pipeline, layers=layers),
             micro_steps=pipeline.microbatches,
             rules=rules,
         )
@@ -89,3 +89,14 @@ class Job:
             model, optimizer, schedule, self.precision, seed=0, micro_steps=self.micro_steps
         )
         return model, optimizer, step
+
+
+@lru_cache(maxsize=1024)
+def _divided(
+    pipeline: PipelineConfig, stages: int, model: DecoderConfig, length: int
+) -> tuple[tuple[int, ...], bool]:
+    """Layers of each chunk, and whether they lie at rest as stages use them."""
+    schedule = pipeline.table(stages)
+    costs = Costs(flops_by_layer(model, length), last=head_flops(model))
+    division = pipeline.division(schedule, model.layers, len(model.pattern), costs)
+    return division.layers, division.in_rows(schedule)

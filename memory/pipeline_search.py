@@ -3,8 +3,9 @@
 Stages times schedules times micro-batches times everything else would be too many to predict. So
 what hardly ever pays is left out: gpipe (1f1b waits as long and keeps less), ZeRO level 1 (a stage's
 sums of gradients are float32), an undivided residual stream beside `tensor`, micro-batches of more
-than two rows. And of each number of stages only layouts are kept than which none is both faster and
-smaller: `front`.
+than two rows. All schedules are looked at only for the `promising` meshes and policies, which one
+schedule tells. And of each number of stages those layouts are kept than which none is both faster
+and smaller: `front`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ from parallel.mesh import AXES
 from parallel.schedule_kinds import FORMS
 
 ROWS = 2  # of a micro-batch on a device, at most
+STAGES = 16  # at most; more wait longer than their memory is worth, and their tables take seconds
+# Meshes with a remat policy, of a number of stages, that are looked at with all schedules: so many
+# of the fastest without any bubble, and of the smallest.
+FASTEST, SMALLEST = 12, 4
+NEAR = 1.3  # over the limit by one schedule may be within it by another with fewer slots
 Item = TypeVar("Item")
 
 
 def stage_counts(devices: int, periods: int) -> list[int]:
     """Sizes of the pipe axis: each stage has a period of layers at least."""
-    return [p for p in range(2, min(devices, periods) + 1) if devices % p == 0]
+    return [p for p in range(2, min(devices, periods, STAGES) + 1) if devices % p == 0]
 
 
 def staged_meshes(
@@ -74,6 +80,17 @@ def tables(stages: int, rows: int, periods: int) -> Iterator[dict[str, Any]]:
                         "chunks": 0,
                         "layers": (),
                     }
+
+
+def promising(items: Sequence[tuple[float, float, Item]], limit: int) -> list[Item]:
+    """Of (seconds without bubble, bytes, item), some of the smallest, and of the fastest that could
+    be within `limit` bytes by some schedule.
+    """
+    places = range(len(items))
+    near = [i for i in places if items[i][1] <= limit * NEAR]
+    chosen = sorted(near, key=lambda i: items[i][0])[:FASTEST]
+    chosen += sorted(places, key=lambda i: items[i][1])[:SMALLEST]
+    return [items[i][2] for i in dict.fromkeys(chosen)]
 
 
 def front(items: Iterable[tuple[float, float, Item]]) -> list[Item]:

@@ -21,6 +21,7 @@ its slowest stage. So a schedule comes in up to three forms:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 from parallel.schedule import Action, B, F, Schedule, W
@@ -37,6 +38,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
 }
 
 
+@lru_cache(maxsize=256)
 def make_schedule(
     name: str,
     stages: int,
