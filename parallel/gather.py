@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
+from parallel.contract import axes_of
 from parallel.mesh import platform
 
 
@@ -33,4 +35,7 @@ def gather(array: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def _part(array: jax.Array) -> tuple[int, ...]:
-    return jax.typeof(array).sharding.shard_shape(array.shape)
+    """Into how many parts each dim is divided; JAX's own shard shapes know no Manual regions."""
+    sharding = jax.typeof(array).sharding
+    sizes = sharding.mesh.shape
+    return tuple(math.prod(sizes[axis] for axis in axes_of([entry])) for entry in sharding.spec)

@@ -30,8 +30,7 @@ from parallel.rules import Rules
 from parallel.schedule import Schedule
 from parallel.schedule_kinds import make_schedule
 from parallel.schedule_program import Columns, Program, make_program
-from parallel.schedule_slots import RESIDUALS
-from parallel.stage import INPUTS, Arrays, Cut, Parts, Stage, Sums
+from parallel.stage import INPUTS, RESIDUALS, Arrays, Cut, Parts, Stage, Sums
 from parallel.zero import Tree
 
 BALANCES = ("equal", "cost")
@@ -164,7 +163,7 @@ def run_pipeline(
         own_copy, outside_copy = parts.divide(copy)
         batch, weights_MBT = microbatches
         arrays = Arrays(own, outside, own_copy, outside_copy, batch, weights_MBT, key)
-        carry, ran = Stage(cut, program, parts, arrays, accumulate).run(table)
+        carry, ran = Stage(cut, program, division, parts, arrays, accumulate).run(table)
         # Embedding and head are the first and the last stage's, tied or not; others have zeros.
         summed = [lax.psum(g, PIPE) for g in carry["outside"]]
         grads = parts.join(carry["own"], summed)
