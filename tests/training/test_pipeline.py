@@ -163,7 +163,7 @@ HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # relative error of a roundin
 @pytest.mark.slow
 @pytest.mark.parametrize(("compute", "schedule"), [("bfloat16", "zb_v"), ("float16", "1f1b")])
 def test_half_precision_is_as_near_to_float32_as_on_one_device(compute, schedule):
-    """Compilers round bfloat16 where they end a fusion, so stages do not round where one device does;
+    """Compilers round bfloat16 where they end a fusion, so stages round elsewhere than one device,
     but as often, and the sum of errors is as large. Sums in half precision would show.
     """
     scale = 1024.0 if compute == "float16" else 1.0
