@@ -97,6 +97,22 @@ def test_killed_and_continued_on_another_mesh(reference, killed, tmp_path):
     assert here == pytest.approx(there, rel=1e-5, abs=0)
 
 
+def test_continued_out_of_a_pipeline(reference, tmp_path):
+    """Stages of two chunks each, then two devices of FSDP with the same micro-batches."""
+    short, workdir = {"model__layers": 4, "train__steps": 2 * EVERY}, tmp_path / "run"
+    alone = short | {"train__grad_accumulation": 4}
+    finish(begin(reference, tmp_path / "alone", **alone))
+    stages = {"mesh__pipe": 2, "pipeline__schedule": "interleaved", "pipeline__microbatches": 4}
+    out, _ = finish(begin(reference, workdir, 2, **short | stages | {"train__steps": EVERY}))
+    assert "mesh pipe 2, interleaved" in out
+    out, _ = finish(begin(reference, workdir, 2, **alone, mesh__fsdp=2))
+    assert f"continuing from step {EVERY}\n" in out
+    # Sums in another order: float32 rounding, which a few steps of Adam amplify.
+    want = losses(tmp_path / "alone")
+    assert len(want) == 2 * EVERY
+    assert losses(workdir) == pytest.approx(want, rel=1e-5, abs=0)
+
+
 def test_killed_while_a_checkpoint_is_being_written(reference, tmp_path):
     workdir = tmp_path / "run"
     process = begin(reference, workdir)
