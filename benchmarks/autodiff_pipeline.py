@@ -36,7 +36,7 @@ Tree = Any
 def loss_and_grads(
     model: Model, precision: PrecisionConfig, microbatches: int, *, full: bool
 ) -> Callable[..., tuple[dict[str, jax.Array], Tree]]:
-    """`training.step.loss_and_grads` of a model of `layers` divided over pipe, at ZeRO level 0.
+    """`training.step.loss_and_grads` of a model on a mesh of pipe, and tensor if need be.
 
     Args:
       model: with a `cut`.
@@ -75,10 +75,13 @@ def loss_and_grads(
         _, y_MBTD = lax.scan(tick, start, jnp.arange(m + last))
 
         def mine(array: jax.Array) -> jax.Array:
-            return as_one(lax.dynamic_slice_in_dim(array, stage * (m // p), m // p))
+            """Of this stage's m / p micro-batches, which are one to the head."""
+            part = lax.dynamic_slice_in_dim(array, stage * (m // p), m // p)
+            return jnp.reshape(part, (-1, *array.shape[2:]))
 
         outputs = jnp.where(stage == last, y_MBTD[last:], 0)
-        x_BTD = as_one(lax.psum_scatter(outputs, PIPE, tiled=True))
+        x_BTD = lax.psum_scatter(outputs, PIPE, tiled=True)
+        x_BTD = jnp.reshape(x_BTD, (-1, *x_BTD.shape[2:]))
         return cut.loss(leaves, x_BTD, jax.tree.map(mine, batch), mine(weights_MBT))
 
     def stage(
@@ -115,9 +118,3 @@ def loss_and_grads(
         return means(total, aux, scale, tokens), jax.tree.map(at_rest, grads, model.axes)
 
     return of_batch
-
-
-def as_one(array: jax.Array) -> jax.Array:
-    """[M, B, ...] -> [B M, ...] without moving a row to another device."""
-    spec = P(*jax.typeof(array).sharding.spec[1:])
-    return jnp.reshape(jnp.moveaxis(array, 1, 0), (-1, *array.shape[2:]), out_sharding=spec)
