@@ -101,7 +101,10 @@ class Stack(nnx.Module):
 
         layers = weights, first + jnp.arange(number)
         xs = layers if period == 1 else jax.tree.map(partial(split_periods, period=period), layers)
-        carry, _ = jax.lax.scan(body, carry, xs, unroll=self.unroll)
+        if periods == 1:
+            carry, _ = body(carry, jax.tree.map(lambda a: jax.lax.index_in_dim(a, 0, 0, False), xs))
+        else:
+            carry, _ = jax.lax.scan(body, carry, xs, unroll=self.unroll)
         for place in range(periods * period, number):
             carry = run_layer(carry, layers, pattern[place % period], place, looped=False)
         return carry

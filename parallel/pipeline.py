@@ -21,13 +21,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from parallel.division import Division
 from parallel.mesh import PIPE
 from parallel.rules import Rules
 from parallel.schedule import Schedule
 from parallel.schedule_kinds import make_schedule
 from parallel.schedule_program import Columns, Program, make_program
-from parallel.schedule_slots import RESIDUALS
-from parallel.stage import INPUTS, Arrays, Cut, Parts, Stage, Sums
+from parallel.stage import INPUTS, RESIDUALS, Arrays, Cut, Parts, Stage, Sums
 from parallel.zero import Tree
 
 
@@ -108,6 +108,7 @@ def run_pipeline(
     Returns:
       The loss's sums over micro-batches, and the gradients, divided as `rules.of_gradient`.
     """
+    division = Division((cut.layers // schedule.positions,) * schedule.positions)
     program = make_program(schedule, INPUTS if cut.inputs else RESIDUALS)
     names: list[str]
     tree: Any
@@ -124,7 +125,7 @@ def run_pipeline(
         own_copy, outside_copy = parts.divide(copy)
         batch, weights_MBT = microbatches
         arrays = Arrays(own, outside, own_copy, outside_copy, batch, weights_MBT, key)
-        carry = Stage(cut, program, parts, arrays, accumulate).run(table)
+        carry, ran = Stage(cut, program, division, parts, arrays, accumulate).run(table)
         # Embedding and head are the first and the last stage's, tied or not; others have zeros.
         summed = [lax.psum(g, PIPE) for g in carry["outside"]]
         return lax.psum(carry["sums"], PIPE), parts.join(carry["own"], summed)
@@ -139,7 +140,7 @@ def run_pipeline(
     order = _layer_order(schedule, cut.layers)
     if order is not None:
         leaves, copy = (_reordered(part, stacked, order) for part in (leaves, copy))
-    sums, grads = run(leaves, copy, microbatches, key, _columns(program))
+    sums, grads = run(leaves, copy, microbatches, key, _columns(program, division))
     if order is not None:
         grads = _reordered(grads, stacked, np.argsort(order))
 
@@ -178,7 +179,7 @@ def _reordered(tree: Tree | None, stacked: list[bool], order: np.ndarray) -> Tre
     )
 
 
-def _columns(program: Program) -> dict[str, Any]:
+def _columns(program: Program, division) -> dict[str, Any]:
     """The table as arrays [ticks, stages], for the scan."""
     schedule = program.schedule
 
@@ -186,7 +187,12 @@ def _columns(program: Program) -> dict[str, Any]:
         position = np.full_like(kind.microbatch, -1)
         for tick, stage in np.argwhere(kind.microbatch >= 0):
             position[tick, stage] = schedule.position(int(stage), int(kind.chunk[tick, stage]))
-        return asdict(kind) | {"position": position}
+        firsts = np.array([*(division.first(i) for i in range(schedule.positions)), 0], np.int32)
+        return asdict(kind) | {
+            "position": position,
+            "first": firsts[position],
+            "layers": np.array(division.layers, np.int32)[position],
+        }
 
     return {
         "F": columns(program.forward),

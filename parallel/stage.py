@@ -15,14 +15,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from parallel.chunk import Chunks
+from parallel.division import Division
 from parallel.mesh import PIPE
-from parallel.residuals import Residuals
 from parallel.schedule_program import Program
 from parallel.schedule_slots import Kept
+from parallel.split import Split
 from parallel.zero import Tree, together
 
 # With inputs alone, the last chunk's output is not known before B, and so neither is its loss.
 INPUTS = Kept(inputs=True, loss="B")
+RESIDUALS = Kept(pending=True)
 
 Sums = tuple[jax.Array, dict[str, jax.Array]]
 Carry = dict[str, Any]
@@ -98,30 +101,43 @@ class Stage:
     """The actions of a stage, and the scan over its ticks."""
 
     def __init__(
-        self, cut: Cut, program: Program, parts: Parts, arrays: Arrays, accumulate: str
+        self,
+        cut: Cut,
+        program: Program,
+        division: Division,
+        parts: Parts,
+        arrays: Arrays,
+        accumulate: str,
     ) -> None:
         self.cut, self.program, self.parts, self.arrays = cut, program, parts, arrays
         self.accumulate = accumulate
         self.schedule = program.schedule
         self.last = self.schedule.positions - 1
-        self.layers = cut.layers // self.schedule.positions  # of a chunk
+        row = dict.fromkeys(("microbatch", "position"), jnp.int32(0))
+        self.x_BTD = jax.eval_shape(self.embed, arrays.outside, row)
+        period, most = cut.period, division.most
+        first = [[a[:period] for a in own] for own in (arrays.own, arrays.own_copy)]
+        self.chunks = Chunks(
+            Split(self.unit, *first, self.x_BTD),
+            [*arrays.own, *arrays.own_copy],
+            len(arrays.own),
+            most // period,
+            period,
+            division.even,
+        )
 
-    def run(self, table: Any) -> Carry:
-        """The carry after all ticks; `table` holds this stage's columns."""
-        return lax.scan(self.tick, self.start(), table)[0]
+    def run(self, table: Any) -> tuple[Carry, jax.Array]:
+        """The carry after all ticks, and int32[ticks, 3]: which of F, B and W ran.
+
+        `table` holds this stage's columns.
+        """
+        return lax.scan(self.tick, self.start(), table)
 
     # --- The parts of the model, as functions of what is differentiated ----------------------
 
-    def chunk(self, arrays: list[jax.Array], row: Row) -> list[jax.Array]:
-        """The layers of the chunk that an action is of."""
-        if self.schedule.chunks == 1:
-            return arrays
-        first = row["chunk"] * self.layers
-        return [lax.dynamic_slice_in_dim(a, first, self.layers) for a in arrays]
-
-    def microbatch(self, row: Row) -> tuple[Tree, jax.Array, jax.Array | None]:
-        """Batch, weights and key of the micro-batch that an action is of."""
-        index, key = row["microbatch"], self.arrays.key
+    def microbatch(self, index: jax.Array) -> tuple[Tree, jax.Array, jax.Array | None]:
+        """Batch, weights and key of a micro-batch."""
+        key = self.arrays.key
         batch, weights = jax.tree.map(
             lambda a: _take(a, index), (self.arrays.batch, self.arrays.weights)
         )
@@ -139,48 +155,48 @@ class Stage:
         return self.params(self.arrays.own, outside, self.arrays.own_copy)
 
     def embed(self, outside: list[jax.Array], row: Row) -> jax.Array:
-        batch, _, key = self.microbatch(row)
+        batch, _, key = self.microbatch(row["microbatch"])
         return self.cut.embed(self.outer(outside), batch, key)
 
-    def blocks(
-        self, own: list[jax.Array], copy: list[jax.Array], x_BTD: jax.Array, row: Row
+    def unit(
+        self,
+        own: list[jax.Array],
+        copy: list[jax.Array],
+        x_BTD: jax.Array,
+        number: jax.Array,
+        index: jax.Array,
     ) -> jax.Array:
-        batch, _, key = self.microbatch(row)
-        params = self.params(own, self.arrays.outside, copy)
-        return self.cut.blocks(params, x_BTD, batch, key, row["position"] * self.layers)
+        batch, _, key = self.microbatch(index)
+        return self.cut.blocks(
+            self.params(own, self.arrays.outside, copy), x_BTD, batch, key, number
+        )
 
     def loss(self, outside: list[jax.Array], x_BTD: jax.Array, row: Row) -> Sums:
-        batch, weights_BT, _ = self.microbatch(row)
+        batch, weights_BT, _ = self.microbatch(row["microbatch"])
         return self.cut.loss(self.outer(outside), x_BTD, batch, weights_BT)
 
     # --- The carry ---------------------------------------------------------------------------
 
     def start(self) -> Carry:
         """Empty buffers, and sums of zero."""
-        row = dict.fromkeys(("microbatch", "chunk", "position"), jnp.int32(0))
-        self.x_BTD = x_BTD = jax.eval_shape(self.embed, self.arrays.outside, row)
+        row = dict.fromkeys(("microbatch", "position"), jnp.int32(0))
+        x_BTD = self.x_BTD
         sums = jax.eval_shape(self.loss, self.arrays.outside, x_BTD, row)
-        slots = self.program.slots
+        capacity = self.program.slots.capacity
 
-        def ring(buffer: str, like: Any) -> jax.Array:
-            shape = slots.capacity(buffer), *like.shape
-            return jnp.zeros(shape, like.dtype, out_sharding=P(None, *like.sharding.spec))
+        def ring(buffer: str) -> jax.Array:
+            shape = capacity(buffer), *x_BTD.shape
+            return jnp.zeros(shape, x_BTD.dtype, out_sharding=P(None, *x_BTD.sharding.spec))
 
         def zeros(array: jax.Array) -> jax.Array:
             spec = jax.typeof(array).sharding.spec
             return jnp.zeros(array.shape, self.accumulate, out_sharding=spec)
 
-        kept = []
-        if not self.cut.inputs:
-            own, copy = self.chunk(self.arrays.own, row), self.chunk(self.arrays.own_copy, row)
-            self.residuals = Residuals(
-                lambda own, copy, x_BTD: self.blocks(own, copy, x_BTD, row), own, copy, x_BTD
-            )
-            kept = [ring("residual", like) for like in self.residuals.shapes]
         return {
-            "input": ring("input", x_BTD),
-            "residual": kept,
-            "cotangent": ring("cotangent", x_BTD),
+            "input": ring("input"),
+            "residual": [] if self.cut.inputs else self.chunks.kept(capacity("residual")),
+            "cotangent": ring("cotangent"),
+            "pending": self.chunks.pending(capacity("pending")) if capacity("pending") else [],
             "own": [zeros(a) for a in self.arrays.own],
             "outside": [zeros(a) for a in self.arrays.outside],
             "sums": jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums),
@@ -190,18 +206,6 @@ class Stage:
         """What is sent by a stage that has nothing to send."""
         x_BTD = self.x_BTD
         return jnp.zeros(x_BTD.shape, x_BTD.dtype, out_sharding=x_BTD.sharding.spec)
-
-    def with_own(self, carry: Carry, gradients: list[jax.Array], row: Row) -> Carry:
-        """Adds the gradients of one chunk's layers."""
-        sums = carry["own"]
-        new = _added(self.chunk(sums, row), gradients)
-        if self.schedule.chunks > 1:
-            first = row["chunk"] * self.layers
-            new = [
-                lax.dynamic_update_slice_in_dim(a, part, first, 0)
-                for a, part in zip(sums, new, strict=True)
-            ]
-        return carry | {"own": new}
 
     def with_loss(self, carry: Carry, y_BTD: jax.Array, row: Row) -> tuple[Carry, jax.Array]:
         """Adds the loss of a micro-batch and its gradient by the head; gives that by `y_BTD`."""
@@ -213,135 +217,162 @@ class Stage:
         }
         return carry | new, dy_BTD
 
-    # --- Actions -----------------------------------------------------------------------------
+    # --- Actions; those on residuals, and those that compute a chunk again from its input ----
 
     def forward(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array]:
-        """F; gives what is sent on."""
-        run = self.forward_inputs if self.cut.inputs else self.forward_residuals
-        return lax.cond(
-            row["microbatch"] >= 0, run, lambda carry, row: (carry, self.nothing()), carry, row
+        """F; gives what is sent on. The last chunk computes its loss."""
+        x_BTD = lax.cond(
+            row["position"] == 0,
+            lambda: self.embed(self.arrays.outside, row),
+            lambda: _take(carry["input"], row["input"]),
         )
+        y_BTD, ring = self.chunks.forward(row, x_BTD, carry["residual"], row["residual"])
 
-    def forward_inputs(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array]:
-        """Keeps the first chunk's input; the others' came to where it stays."""
+        def loss(carry: Carry) -> Carry:
+            carry, dy_BTD = self.with_loss(carry, y_BTD, row)
+            return carry | {"cotangent": _put(carry["cotangent"], dy_BTD, row["cotangent"])}
+
+        carry = carry | {"residual": ring}
+        return lax.cond(row["position"] == self.last, loss, lambda c: c, carry), y_BTD
+
+    def forward_from_input(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array]:
+        """F that keeps the first chunk's input; the others' came to where it stays."""
         ring = lax.cond(
             row["position"] == 0,
             lambda ring: _put(ring, self.embed(self.arrays.outside, row), row["input"]),
             lambda ring: ring,
             carry["input"],
         )
-        own, copy = self.chunk(self.arrays.own, row), self.chunk(self.arrays.own_copy, row)
         # The last chunk computes its loss where it computes the gradient, from its input.
         y_BTD = lax.cond(
             row["position"] == self.last,
             self.nothing,
-            lambda: self.blocks(own, copy, _take(ring, row["input"]), row),
+            lambda: self.chunks.forward(row, _take(ring, row["input"]), [], row["input"])[0],
         )
         return carry | {"input": ring}, y_BTD
 
-    def forward_residuals(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array]:
-        """Keeps what the backward pass reads; the last chunk computes its loss."""
-        x_BTD = lax.cond(
-            row["position"] == 0,
-            lambda: self.embed(self.arrays.outside, row),
-            lambda: _take(carry["input"], row["input"]),
-        )
-        own, copy = self.chunk(self.arrays.own, row), self.chunk(self.arrays.own_copy, row)
-        y_BTD, kept = self.residuals.forward(
-            lambda own, copy, x_BTD: self.blocks(own, copy, x_BTD, row), own, copy, x_BTD
-        )
-        rings = [
-            _put(ring, array, row["residual"])
-            for ring, array in zip(carry["residual"], kept, strict=True)
-        ]
-
-        def loss(carry: Carry) -> Carry:
-            carry, dy_BTD = self.with_loss(carry, y_BTD, row)
-            return carry | {"cotangent": _put(carry["cotangent"], dy_BTD, row["cotangent"])}
-
-        carry = carry | {"residual": rings}
-        return lax.cond(row["position"] == self.last, loss, lambda c: c, carry), y_BTD
-
-    def backward(self, carry: Carry, row: Row, fused: jax.Array) -> tuple[Carry, jax.Array]:
-        """B, and where `fused` W with it; gives what is sent back."""
-
-        def run(carry: Carry, with_weights: bool) -> tuple[Carry, jax.Array]:
-            if self.cut.inputs:
-                carry, gradients = self.again(carry, row, with_weights)
-            else:
-                gradients = self.from_residuals(carry, row)
-            own, dx_BTD = gradients
-            if with_weights:
-                carry = self.with_own(carry, own, row)
-
-            def to_embedding(sums: list[jax.Array]) -> list[jax.Array]:
-                _, back = jax.vjp(lambda outside: self.embed(outside, row), self.arrays.outside)
-                return _added(sums, back(dx_BTD)[0])
-
-            outside = lax.cond(row["position"] == 0, to_embedding, lambda s: s, carry["outside"])
-            return carry | {"outside": outside}, dx_BTD
-
-        kinds: list[Callable[[Carry], tuple[Carry, jax.Array]]]
-        kinds = [lambda carry: (carry, self.nothing())]
-        if self.program.fused.any():
-            kinds.append(lambda carry: run(carry, True))
-        if ((self.program.backward.microbatch >= 0) & ~self.program.fused).any():
-            kinds.append(lambda carry: run(carry, False))
-        kind = jnp.where(row["microbatch"] < 0, 0, jnp.where(fused, 1, len(kinds) - 1))
-        return lax.switch(kind, kinds, carry)
-
-    def again(
-        self, carry: Carry, row: Row, with_weights: bool
-    ) -> tuple[Carry, tuple[list[jax.Array], jax.Array]]:
-        """The gradients from the chunk's input, and in the last chunk those of the loss."""
-        own, copy = self.chunk(self.arrays.own, row), self.chunk(self.arrays.own_copy, row)
-        x_BTD = _take(carry["input"], row["input"])
+    def backward(self, carry: Carry, row: Row, with_weights: bool) -> tuple[Carry, jax.Array]:
+        """B, and W with it or not."""
+        dy_BTD, ring = _take(carry["cotangent"], row["cotangent"]), carry["residual"]
         if with_weights:
-            y_BTD, back = jax.vjp(lambda own, x: self.blocks(own, copy, x, row), own, x_BTD)
-        else:
-            y_BTD, back = jax.vjp(lambda x: self.blocks(own, copy, x, row), x_BTD)
+            dx_BTD, own = self.chunks.backward(row, dy_BTD, ring, row["residual"], carry["own"])
+            return carry | {"own": own}, dx_BTD
+        dx_BTD, pending = self.chunks.input_grad(
+            row, dy_BTD, ring, row["residual"], carry["pending"], row["pending"]
+        )
+        return carry | {"pending": pending}, dx_BTD
+
+    def backward_from_input(
+        self, carry: Carry, row: Row, with_weights: bool
+    ) -> tuple[Carry, jax.Array]:
+        """B, and W with it or not; in the last chunk after the loss."""
+        y_BTD, ring = self.again(carry, row)
 
         def loss(carry: Carry) -> tuple[Carry, jax.Array]:
             carry, dy_BTD = self.with_loss(carry, y_BTD, row)
             if not with_weights:  # W reads it in a later tick
-                ring = _put(carry["cotangent"], dy_BTD, row["cotangent"])
-                carry = carry | {"cotangent": ring}
+                cotangents = _put(carry["cotangent"], dy_BTD, row["cotangent"])
+                carry = carry | {"cotangent": cotangents}
             return carry, dy_BTD
 
         def sent(carry: Carry) -> tuple[Carry, jax.Array]:
             return carry, _take(carry["cotangent"], row["cotangent"])
 
         carry, dy_BTD = lax.cond(row["position"] == self.last, loss, sent, carry)
-        gradients = back(dy_BTD)
-        return carry, (gradients[0] if with_weights else [], gradients[-1])
+        if with_weights:
+            dx_BTD, own = self.chunks.backward(row, dy_BTD, ring, jnp.int32(0), carry["own"])
+            return carry | {"own": own}, dx_BTD
+        slot = jnp.int32(0)
+        return carry, self.chunks.input_grad(row, dy_BTD, ring, slot, [], slot)[0]
 
-    def from_residuals(self, carry: Carry, row: Row) -> tuple[list[jax.Array], jax.Array]:
-        """The gradients from what F kept; the compiler drops those that are not read."""
-        own, copy = self.chunk(self.arrays.own, row), self.chunk(self.arrays.own_copy, row)
-        kept = [_take(ring, row["residual"]) for ring in carry["residual"]]
-        dy_BTD = _take(carry["cotangent"], row["cotangent"])
-        return self.residuals.backward(kept, own, copy, dy_BTD)
-
-    def weight(self, carry: Carry, row: Row, fused: jax.Array) -> Carry:
+    def weight(self, carry: Carry, row: Row) -> Carry:
         """W, where B has not done it."""
+        own = self.chunks.weight_grad(
+            row,
+            carry["residual"],
+            row["residual"],
+            carry["pending"],
+            row["pending"],
+            carry["own"],
+        )
+        return carry | {"own": own}
 
-        def run(carry: Carry) -> Carry:
-            if not self.cut.inputs:
-                return self.with_own(carry, self.from_residuals(carry, row)[0], row)
-            own, copy = self.chunk(self.arrays.own, row), self.chunk(self.arrays.own_copy, row)
-            x_BTD = _take(carry["input"], row["input"])
-            _, back = jax.vjp(lambda own: self.blocks(own, copy, x_BTD, row), own)
-            dy_BTD = _take(carry["cotangent"], row["cotangent"])
-            return self.with_own(carry, back(dy_BTD)[0], row)
+    def weight_from_input(self, carry: Carry, row: Row) -> Carry:
+        """W that goes through the whole backward pass again."""
+        _, ring = self.again(carry, row)
+        dy_BTD = _take(carry["cotangent"], row["cotangent"])
+        own = self.chunks.backward(row, dy_BTD, ring, jnp.int32(0), carry["own"])[1]
+        return carry | {"own": own}
 
-        return lax.cond((row["microbatch"] >= 0) & ~fused, run, lambda carry: carry, carry)
+    def again(self, carry: Carry, row: Row) -> tuple[jax.Array, list[jax.Array]]:
+        """A chunk's output and residuals, from its input."""
+        x_BTD = _take(carry["input"], row["input"])
+        return self.chunks.forward(row, x_BTD, self.chunks.kept(1), jnp.int32(0))
 
-    def tick(self, carry: Carry, row: Row) -> tuple[Carry, None]:
+    def to_embedding(self, carry: Carry, dx_BTD: jax.Array, row: Row) -> Carry:
+        """Adds the gradient of the embedding, on the first chunk."""
+
+        def first(sums: list[jax.Array]) -> list[jax.Array]:
+            _, back = jax.vjp(lambda outside: self.embed(outside, row), self.arrays.outside)
+            return _added(sums, back(dx_BTD)[0])
+
+        sums = lax.cond(row["position"] == 0, first, lambda sums: sums, carry["outside"])
+        return carry | {"outside": sums}
+
+    # --- Ticks -------------------------------------------------------------------------------
+
+    def run_forward(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array, jax.Array]:
+        """F or nothing: the carry, what is sent on, 1 where it ran."""
+        action = self.forward_from_input if self.cut.inputs else self.forward
+        return lax.cond(
+            row["microbatch"] >= 0,
+            lambda carry: (*action(carry, row), jnp.int32(1)),
+            lambda carry: (carry, self.nothing(), jnp.int32(0)),
+            carry,
+        )
+
+    def run_backward(
+        self, carry: Carry, row: Row, fused: jax.Array
+    ) -> tuple[Carry, jax.Array, jax.Array, jax.Array]:
+        """B, B with W, or nothing: the carry, what is sent back, 1 where B and where W ran."""
+        action = self.backward_from_input if self.cut.inputs else self.backward
+
+        def run(carry: Carry, with_weights: bool) -> tuple[Carry, jax.Array, jax.Array, jax.Array]:
+            carry, dx_BTD = action(carry, row, with_weights)
+            ran = jnp.int32(1), jnp.int32(with_weights)
+            return self.to_embedding(carry, dx_BTD, row), dx_BTD, *ran
+
+        Branch = Callable[[Carry], tuple[Carry, jax.Array, jax.Array, jax.Array]]
+        kinds: list[Branch] = [lambda carry: (carry, self.nothing(), jnp.int32(0), jnp.int32(0))]
+        if self.program.fused.any():
+            kinds.append(lambda carry: run(carry, True))
+        if self.apart:
+            kinds.append(lambda carry: run(carry, False))
+        kind = jnp.where(row["microbatch"] < 0, 0, jnp.where(fused, 1, len(kinds) - 1))
+        return lax.switch(kind, kinds, carry)
+
+    @property
+    def apart(self) -> bool:
+        """Whether there is a W that is not fused with its B."""
+        return bool(((self.program.weight.microbatch >= 0) & ~self.program.fused).any())
+
+    def run_weight(self, carry: Carry, row: Row, fused: jax.Array) -> tuple[Carry, jax.Array]:
+        """W, if B has not done it, or nothing: the carry, 1 where it ran."""
+        action = self.weight_from_input if self.cut.inputs else self.weight
+        return lax.cond(
+            (row["microbatch"] >= 0) & ~fused,
+            lambda carry: (action(carry, row), jnp.int32(1)),
+            lambda carry: (carry, jnp.int32(0)),
+            carry,
+        )
+
+    def tick(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array]:
         """F, B and W, then what is sent arrives."""
-        carry, y_BTD = self.forward(carry, row["F"])
-        carry, dx_BTD = self.backward(carry, row["B"], row["fused"])
-        if not self.schedule.fused:
-            carry = self.weight(carry, row["W"], row["fused"])
+        carry, y_BTD, forward = self.run_forward(carry, row["F"])
+        carry, dx_BTD, backward, weight = self.run_backward(carry, row["B"], row["fused"])
+        if self.apart:
+            carry, later = self.run_weight(carry, row["W"], row["fused"])
+            weight = weight + later
         for transfer, slot in zip(self.program.transfers, row["transfers"], strict=True):
             buffer, value = ("input", y_BTD) if transfer.kind == "F" else ("cotangent", dx_BTD)
             if any(source != target for source, target in transfer.pairs):
@@ -349,7 +380,7 @@ class Stage:
             place = jnp.maximum(slot, 0)
             kept = jnp.where(slot >= 0, value, _take(carry[buffer], place))
             carry = carry | {buffer: _put(carry[buffer], kept, place)}
-        return carry, None
+        return carry, jnp.stack([forward, backward, weight])
 
 
 def _take(array: jax.Array, index: jax.Array) -> jax.Array:
