@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -33,4 +34,11 @@ def gather(array: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def _part(array: jax.Array) -> tuple[int, ...]:
-    return jax.typeof(array).sharding.shard_shape(array.shape)
+    """The shape on one device; `shard_shape` knows no Manual axes."""
+    sharding = jax.typeof(array).sharding
+    sizes = sharding.mesh.shape
+
+    def parts(axes: str | tuple[str, ...] | None) -> int:
+        return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+    return tuple(n // parts(axes) for n, axes in zip(array.shape, sharding.spec, strict=True))
