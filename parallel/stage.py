@@ -118,7 +118,7 @@ class Stage:
         period, most = cut.period, division.most
         first = [[a[:period] for a in own] for own in (arrays.own, arrays.own_copy)]
         self.chunks = Chunks(
-            Split(self.unit, *first, self.x_BTD),
+            Split(self.unit, first[0], first[1], self.x_BTD),
             [*arrays.own, *arrays.own_copy],
             len(arrays.own),
             most // period,
