@@ -14,9 +14,15 @@ from collections.abc import Mapping
 from memory.collectives import KINDS, device_groups, mesh_axes
 from memory.hlo import Computation, Module
 
+# What XLA:GPU makes of an all-gather of which each device slices its own part again: zeros, where
+# the part is meant (https://github.com/openxla/xla/pull/45218).
+SENDS_NOTHING = "source_target_pairs={}"
+
 
 def collectives_in_branches(module: Module, axes: Mapping[str, int]) -> Counter[tuple[str, str]]:
     """(kind, axes of the mesh along which the members of a group differ) -> how many instructions.
+
+    The axes of a permute that sends nothing are "": it gives zeros, see `SENDS_NOTHING`.
 
     Args:
       axes: name -> size of the mesh's axes, in its order.
@@ -33,7 +39,9 @@ def collectives_in_branches(module: Module, axes: Mapping[str, int]) -> Counter[
         for i in where:
             kind = i.opcode.removesuffix("-start")
             if kind in KINDS:
-                found[kind, mesh_axes(device_groups(i, devices), axes)] += 1
+                silent = SENDS_NOTHING in i.attributes
+                axis = "" if silent else mesh_axes(device_groups(i, devices), axes)
+                found[kind, axis] += 1
             for name in i.called().values():
                 read(module.computations[name])
 
