@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ml_collections import ConfigDict
 
@@ -11,8 +11,10 @@ from data.config import DataConfig
 from memory.job import Job
 from memory.plan import MemoryConfig
 from models.config import DecoderConfig
+from models.flops import flops_by_layer, head_flops
+from parallel.division import Costs
 from parallel.mesh import MeshConfig
-from parallel.pipeline import PipelineConfig, check_layers
+from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
 from parallel.remat import RematConfig
 from parallel.rules import ParallelConfig, Rules, make_rules
@@ -51,7 +53,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """All sections of a config; `mesh` is resolved for the devices."""
+    """All sections of a config; `mesh` is resolved for the devices, `pipeline.layers` for it."""
 
     seed: int
     layout: str  # "given", or "auto": chosen by `before_run.py`
@@ -96,7 +98,15 @@ class Experiment:
             "batch": (batch // micro, key),
             "residual_seq": (self.data.sequence_length, "config.data.sequence_length"),
         }
-        return make_rules(self.parallel, self.mesh.sizes(), dims)
+        return make_rules(self.parallel, self.mesh.sizes(), dims, rows=self.in_rows())
+
+    def in_rows(self) -> bool:
+        """Whether the layers lie at rest as the stages use them."""
+        if not self.staged:
+            return True
+        schedule = self.pipeline.table(self.mesh.pipe)
+        layers, period = self.model.layers, len(self.model.pattern)
+        return self.pipeline.division(schedule, layers, period).in_rows(schedule)
 
     def build_model(self) -> Model:
         """The model as pure functions under this layout; call it inside `jax.set_mesh`."""
@@ -132,6 +142,8 @@ class Experiment:
         if self.staged:
             name = self.pipeline.table(self.mesh.pipe).name
             parts.append(f"{name} of {self.micro_steps} micro-batches")
+            if len(set(self.pipeline.layers)) > 1:
+                parts.append(f"layers {' + '.join(map(str, self.pipeline.layers))}")
         parts.append(f"remat {self.remat.policy}")
         precision = self.precision
         same = precision.params == precision.compute
@@ -200,6 +212,7 @@ def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
         )
     if experiment.staged:
         check_pipeline(experiment)
+        experiment = replace(experiment, pipeline=divided(experiment))
     experiment.rules()
     return experiment
 
@@ -226,5 +239,16 @@ def check_pipeline(experiment: Experiment) -> None:
             f"config.layout = 'auto': the search has no pipelines; with config.mesh.pipe = "
             f"{experiment.mesh.pipe} it is 'given'"
         )
-    schedule = experiment.pipeline.table(experiment.mesh.pipe)
-    check_layers(schedule, experiment.model.layers, len(experiment.model.pattern))
+
+
+def divided(experiment: Experiment) -> PipelineConfig:
+    """The pipeline with the layers of every chunk; a head counts as many as its FLOPs say.
+
+    Raises:
+      ValueError: of `PipelineConfig.division`.
+    """
+    model, pipeline = experiment.model, experiment.pipeline
+    costs = Costs(flops_by_layer(model, experiment.data.sequence_length), last=head_flops(model))
+    schedule = pipeline.table(experiment.mesh.pipe)
+    division = pipeline.division(schedule, model.layers, len(model.pattern), costs)
+    return replace(pipeline, layers=division.layers)

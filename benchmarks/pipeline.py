@@ -96,7 +96,7 @@ def growth(_: int) -> Rows:
     from parallel.schedule_kinds import FORMS, make_schedule
     from parallel.schedule_slots import slots
 
-    for stages, counts in ((2, (4, 8, 32)), (4, (8, 32))):
+    for stages, counts in ((2, (4, 32)), (4, (8, 32))):
         for name, forms in FORMS.items():
             for form in forms:
                 for remat in ("none", "full"):

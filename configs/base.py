@@ -82,6 +82,8 @@ def get_config() -> ConfigDict:
     pipeline.form = (
         ""  # wide | lean | single: bubble against buffers; empty: what suits the schedule
     )
+    pipeline.balance = "equal"  # layers of chunks: equal (else by cost) | cost: the head counts
+    pipeline.layers = ()  # of every chunk in the model's order; (): as balance says
 
     config.precision = precision = (
         ConfigDict()

@@ -151,27 +151,52 @@ def _cudnn(
     window = (mask.window - 1, 0) if mask.window and _in_kernel(mask) else None
     seen = None if _in_kernel(mask) else visible(mask, jnp.arange(T), jnp.arange(S), arrays)
 
-    def island(q: Array, k: Array, v: Array, seen: Array | None) -> Array:
-        o_BTNH = jax.nn.dot_product_attention(
+    # Outside of the island, where it is the same for all layers and not kept for each.
+    lowest = (
+        -(2.0**41) if q_BTNH.dtype == jnp.bfloat16 else -(2.0**15)
+    )  # cuDNN subtracts two of them
+    bias = None if seen is None else jnp.where(seen, 0.0, lowest).astype(q_BTNH.dtype)
+
+    def island(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+        return jax.nn.dot_product_attention(
             q,
             k,
             v,
-            mask=seen,
+            bias=bias,
             scale=core.scale,
             is_causal=mask.causal and not mask.prefix,
             local_window_size=window,
             implementation="cudnn",
         )
-        if seen is None:
-            return o_BTNH
-        # cuDNN spreads a row that sees nothing over all keys: make it 0, as the other forms do.
-        any_BT11 = jnp.any(seen, axis=(1, 3))[:, :, None, None]
-        return jnp.where(any_BT11, o_BTNH, jnp.zeros_like(o_BTNH))
 
-    axes = jax.sharding.get_abstract_mesh().explicit_axes
-    return jax.sharding.auto_axes(island, axes=axes, out_sharding=spec)(
-        q_BTNH, k_BSKH, v_BSKH, seen
-    )
+    # On each device by itself: its heads, and the key and value heads that they look at.
+    heads = jax.typeof(q_BTNH).sharding.spec[2]
+    divided = heads is not None and jax.typeof(k_BSKH).sharding.spec[2] is None
+    group = q_BTNH.shape[2] // k_BSKH.shape[2]
+
+    def local(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+        if divided:
+            first = jax.lax.axis_index(heads) * q.shape[2]
+            used = (first + jnp.arange(q.shape[2])) // group
+            used = used[::group] if q.shape[2] % group == 0 else used
+            used = used[:1] if group % q.shape[2] == 0 else used
+            k, v = (jnp.take(x, used, axis=2) for x in (k, v))
+        return island(q, k, v, bias)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    inputs = q_BTNH, k_BSKH, v_BSKH, bias
+    o_BTNH = jax.shard_map(
+        local,
+        in_specs=tuple(P() if x is None else jax.typeof(x).sharding.spec for x in inputs),
+        out_specs=spec,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
+    )(*inputs)
+    if seen is None:
+        return o_BTNH
+    # cuDNN spreads a row that sees nothing over all keys: make it 0, as the other forms do.
+    any_BT11 = jnp.any(seen, axis=(1, 3))[:, :, None, None]
+    return jnp.where(any_BT11, o_BTNH, jnp.zeros_like(o_BTNH))
 
 
 def _group_heads(

@@ -161,5 +161,4 @@ class DecoderConfig:
             "heads": (self.heads, "config.model.heads"),
             "kv_heads": (self.kv_heads, "config.model.kv_heads"),
             "mlp": (self.mlp_dim, "config.model.mlp_dim"),
-            "layers": (self.layers, "config.model.layers"),
         }

@@ -5,12 +5,16 @@ from __future__ import annotations
 from models.config import DecoderConfig
 
 
-def matrix_parameters(config: DecoderConfig) -> int:
-    """Weights that every token is multiplied with: no lookup tables, gains or biases."""
+def layer_parameters(config: DecoderConfig) -> int:
+    """Weights of one layer that every token is multiplied with: no gains or biases."""
     D, F, H = config.embed_dim, config.mlp_dim, config.head_dim
     attention = 2 * D * config.heads * H + 2 * D * config.kv_heads * H
-    feed_forward = (3 if config.gated else 2) * D * F
-    return config.layers * (attention + feed_forward) + D * config.vocab_size
+    return attention + (3 if config.gated else 2) * D * F
+
+
+def matrix_parameters(config: DecoderConfig) -> int:
+    """The same of the whole model, with the loss head and without lookup tables."""
+    return config.layers * layer_parameters(config) + config.embed_dim * config.vocab_size
 
 
 def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
@@ -26,10 +30,25 @@ def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
 
 def attention_flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     """Those of scores and weighted sums alone, in all layers."""
-    keys = 0.0
-    for layer in range(config.layers):
-        local = config.pattern[layer % len(config.pattern)] == "local"
-        window = min(config.window, sequence_length) if local else sequence_length
-        # The mean over t = 1 ... T of min(t, window), the keys that query t sees.
-        keys += window - window * (window - 1) / (2 * sequence_length)
+    return sum(_attention(config, i, sequence_length) for i in range(config.layers))
+
+
+def flops_by_layer(config: DecoderConfig, sequence_length: int) -> tuple[float, ...]:
+    """Those of each layer."""
+    return tuple(
+        6 * layer_parameters(config) + _attention(config, i, sequence_length)
+        for i in range(config.layers)
+    )
+
+
+def head_flops(config: DecoderConfig) -> float:
+    """Those of the loss head; the embedding looks rows up and has none."""
+    return 6 * config.embed_dim * config.vocab_size
+
+
+def _attention(config: DecoderConfig, layer: int, sequence_length: int) -> float:
+    local = config.pattern[layer % len(config.pattern)] == "local"
+    window = min(config.window, sequence_length) if local else sequence_length
+    # The mean over t = 1 ... T of min(t, window), the keys that query t sees.
+    keys = window - window * (window - 1) / (2 * sequence_length)
     return 12 * config.heads * config.head_dim * keys

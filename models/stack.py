@@ -70,9 +70,7 @@ class Stack(nnx.Module):
           The carry after the last layer.
         """
         graph, state = nnx.split(self.blocks)
-        # Outside of a pipeline's stages (in evaluation) layers divided over them are gathered.
-        weights = jax.tree.map(_whole_layers, nnx.to_pure_dict(state))
-
+        weights = nnx.to_pure_dict(state)
         number = len(jax.tree.leaves(weights)[0])
         pattern, period = self.pattern, len(self.pattern)
         periods = number // period
@@ -108,11 +106,6 @@ class Stack(nnx.Module):
         for place in range(periods * period, number):
             carry = run_layer(carry, layers, pattern[place % period], place, looped=False)
         return carry
-
-
-def _whole_layers(array: jax.Array) -> jax.Array:
-    spec = jax.typeof(array).sharding.spec
-    return jax.reshard(array, jax.P(None, *spec[1:])) if spec and spec[0] else array
 
 
 def split_periods(array: jax.Array, period: int) -> jax.Array:

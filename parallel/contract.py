@@ -37,7 +37,7 @@ def contract_partial(equation: str, a: jax.Array, b: jax.Array, spec: P) -> jax.
     over = axes_of(a_spec[i] for i, dim in enumerate(a_dims) if dim not in result)
     if not over:
         return jnp.einsum(equation, a, b, out_sharding=spec)
-    kept = [_without(entry, over) for entry in spec]
+    kept = [without(entry, over) for entry in spec]
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.manual_axes:
         return jnp.einsum(equation, a, b, out_sharding=P(*kept, unreduced=over))
@@ -91,14 +91,15 @@ def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
-def _without(
+def without(
     entry: str | tuple[str, ...] | None, axes: Iterable[str]
 ) -> str | tuple[str, ...] | None:
+    """An entry of a spec without some mesh axes."""
     left = tuple(axis for axis in _names(entry) if axis not in axes)
     return left[0] if len(left) == 1 else (left or None)
 
 
-def gathered(array: jax.Array, axis: str) -> jax.Array:
-    """The array whole over one mesh axis."""
+def gathered(array: jax.Array, *axes: str) -> jax.Array:
+    """The array whole over some mesh axes."""
     spec = jax.typeof(array).sharding.spec
-    return jax.reshard(array, P(*(_without(entry, (axis,)) for entry in spec)))
+    return jax.reshard(array, P(*(without(entry, axes) for entry in spec)))

@@ -1,10 +1,11 @@
 """The one door for contractions with weights: it owns their layout, forward and backward.
 
-Three things are decided here instead of being left to the compiler. A weight divided over fsdp is
-gathered where it is used, in the forward and again in the backward pass, and only the divided one
-is kept in between. Its gradient leaves divided as the weight (of a `Twin`, as its `part`), by one
-reduce-scatter. And where one input feeds several products (q, k and v; gate and up), the partial
-gradients of the input are summed on each device before one reduction over `tensor`, not one each.
+Three things are decided here instead of being left to the compiler. A weight divided over fsdp (in
+evaluation over the stages of a pipeline, too) is gathered where it is used, in the forward and
+again in the backward pass, and only the divided one is kept in between. Its gradient leaves divided
+as the weight (of a `Twin`, as its `part`), by one reduce-scatter. And where one input feeds several
+products (q, k and v; gate and up), the partial gradients of the input are summed on each device
+before one reduction over `tensor`, not one each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from parallel.contract import contract, contract_partial, gathered, reduce_partial
 from parallel.gather import gather
+from parallel.mesh import PIPE
 from parallel.rules import FSDP
 from parallel.zero import Twin
 
@@ -79,7 +81,7 @@ def _forward(
 ) -> tuple[list[jax.Array], tuple[jax.Array, list[jax.Array]]]:
     x = gather(x, static.inside)
     products = [
-        contract(static.equation, x, gathered(w, FSDP), out)
+        contract(static.equation, x, gathered(w, FSDP, PIPE), out)
         for w, out in zip(weights, static.outs, strict=True)
     ]
     return products, (x, weights)
@@ -105,7 +107,8 @@ def _backward(
     cotangents = [aligned(g, out) for g, out in zip(cotangents, static.outs, strict=True)]
     sums: dict[P, jax.Array] = {}  # partial gradients of the input, by what they are partial over
     for g, w in zip(cotangents, weights, strict=True):
-        dx = contract_partial(f"{result},{w_dims}->{x_dims}", g, gathered(w, FSDP), static.inside)
+        whole = gathered(w, FSDP, PIPE)
+        dx = contract_partial(f"{result},{w_dims}->{x_dims}", g, whole, static.inside)
         spec = jax.typeof(dx).sharding.spec
         sums[spec] = sums[spec] + dx if spec in sums else dx
     first, *others = (reduce_partial(dx, static.input_gradient) for dx in sums.values())

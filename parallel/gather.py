@@ -9,6 +9,7 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
+from parallel.contract import axes_of
 from parallel.mesh import platform
 
 
@@ -34,11 +35,7 @@ def gather(array: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def _part(array: jax.Array) -> tuple[int, ...]:
-    """The shape on one device; `shard_shape` knows no Manual axes."""
+    """Into how many parts each dim is divided; JAX's own shard shapes know no Manual regions."""
     sharding = jax.typeof(array).sharding
     sizes = sharding.mesh.shape
-
-    def parts(axes: str | tuple[str, ...] | None) -> int:
-        return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-
-    return tuple(n // parts(axes) for n, axes in zip(array.shape, sharding.spec, strict=True))
+    return tuple(math.prod(sizes[axis] for axis in axes_of([entry])) for entry in sharding.spec)

@@ -1,9 +1,10 @@
 """The executor of pipeline schedules: one program for any table, in one SPMD computation.
 
-Only the pipe axis is Manual, so each stage runs the column of the table that is its own, and what a
-stage computes stays Explicit over the other axes. The members of a collective over those are of one
-stage and take the same branch; between stages there is nothing but one `ppermute` for each transfer
-of a tick. A tick's actions stand behind a `cond` each: an idle stage computes nothing.
+Only the pipe axis is Manual (`parallel/by_stage.py`), so each stage runs the column of the table
+that is its own, and what a stage computes stays Explicit over the other axes. The members of a
+collective over those are of one stage and take the same branch; between stages there is nothing but
+one `ppermute` for each transfer of a tick. A tick's actions stand behind a `cond` each: an idle
+stage computes nothing.
 
 Everything that outlives a tick is in the carry of one scan: ring buffers with as many slots as the
 table needs, and one sum of gradients. The scan is never differentiated; gradients are taken inside
@@ -21,7 +22,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from parallel.division import Division
+from parallel.by_stage import by_stage
+from parallel.division import Costs, Division, check_layers, divide
+from parallel.exchange import to_spread
 from parallel.mesh import PIPE
 from parallel.rules import Rules
 from parallel.schedule import Schedule
@@ -29,6 +32,8 @@ from parallel.schedule_kinds import make_schedule
 from parallel.schedule_program import Columns, Program, make_program
 from parallel.stage import INPUTS, RESIDUALS, Arrays, Cut, Parts, Stage, Sums
 from parallel.zero import Tree
+
+BALANCES = ("equal", "cost")
 
 
 @dataclass(frozen=True)
@@ -40,18 +45,27 @@ class PipelineConfig:
       microbatches: parts of a step's batch; they are its gradient accumulation, too.
       chunks: of a stage's layers; 0 for what the schedule usually has.
       form: of the schedule, `wide`, `lean` or `single`; empty for its first.
+      balance: `equal`: as many layers in every chunk where that divides, else as `cost`: so that
+        the most loaded stage does as little as can be, the loss head counted.
+      layers: of every chunk, in the order of the model; () leaves them to `balance`.
     """
 
     schedule: str = "1f1b"
     microbatches: int = 8
     chunks: int = 0
     form: str = ""
+    balance: str = "equal"
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.microbatches < 1:
             raise ValueError(f"config.pipeline.microbatches = {self.microbatches}: at least 1")
         if self.chunks < 0:
             raise ValueError(f"config.pipeline.chunks = {self.chunks}: 1 or more, or 0")
+        if self.balance not in BALANCES:
+            raise ValueError(
+                f"config.pipeline.balance = {self.balance!r}: choose one of {', '.join(BALANCES)}"
+            )
 
     def table(self, stages: int, microbatches: int | None = None) -> Schedule:
         """The schedule.
@@ -63,28 +77,51 @@ class PipelineConfig:
         count = self.microbatches if microbatches is None else microbatches
         return make_schedule(self.schedule, stages, count, self.chunks or None, form)
 
+    def division(
+        self, schedule: Schedule, layers: int, period: int = 1, costs: Costs | None = None
+    ) -> Division:
+        """The layers of every chunk.
 
-def check_layers(schedule: Schedule, layers: int, period: int = 1) -> None:
-    """Refuses a schedule whose chunks would not be equal, or not whole periods of layer kinds.
+        Args:
+          schedule: of `table`.
+          layers: of the model.
+          period: of the pattern of layer kinds.
+          costs: of its parts, where no `layers` are given.
 
-    Raises:
-      ValueError: naming config.model.layers.
-    """
-    unit = schedule.positions * period
-    if layers % unit:
-        what = f"config.mesh.pipe = {schedule.stages}"
-        if schedule.chunks > 1:
-            what += f" x {schedule.chunks} chunks a stage"
-        if period > 1:
-            what += f" x {period} kinds in config.model.pattern"
-        raise ValueError(
-            f"config.model.layers = {layers} does not divide by {what}; choose a multiple of {unit}"
-        )
+        Raises:
+          ValueError: the model has too few layers, or those given are not its.
+        """
+        positions = schedule.positions
+        check_layers(layers, positions, period)
+        if self.layers:
+            self._check_given(positions, layers, period)
+            return Division(self.layers)
+        if self.balance == "equal" and layers % (positions * period) == 0:
+            return Division((layers // positions,) * positions)
+        stages = [schedule.place(position)[0] for position in range(positions)]
+        return divide(layers, positions, period, costs, stages)
+
+    def _check_given(self, positions: int, layers: int, period: int) -> None:
+        key = f"config.pipeline.layers = {self.layers}"
+        if len(self.layers) != positions:
+            raise ValueError(
+                f"{key}: {len(self.layers)} numbers; config.mesh.pipe x chunks a stage = "
+                f"{positions} chunks want one each"
+            )
+        if any(number < period or number % period for number in self.layers):
+            kinds = ", the kinds in config.model.pattern" if period > 1 else ""
+            raise ValueError(f"{key}: each is a multiple of {period}{kinds}, and not 0")
+        if sum(self.layers) != layers:
+            raise ValueError(
+                f"{key}: together {sum(self.layers)}; config.model.layers = {layers} of them are "
+                f"to be divided"
+            )
 
 
 def run_pipeline(
     cut: Cut,
     schedule: Schedule,
+    division: Division,
     rules: Rules,
     axes: Tree,
     leaves: Tree,
@@ -92,34 +129,35 @@ def run_pipeline(
     microbatches: tuple[Tree, jax.Array],
     key: jax.Array | None,
     accumulate: str,
-) -> tuple[Sums, Tree]:
+) -> tuple[Sums, Tree, jax.Array]:
     """Runs a schedule.
 
     Args:
       cut: the model.
       schedule: its table.
-      rules: the layout; `layers` is divided over the pipe axis.
+      division: the layers of every chunk.
+      rules: the layout.
       axes: the tree of logical axis strings of the parameters.
-      leaves, copy: of `parallel.zero.laid_out`; `leaves` are differentiated.
+      leaves, copy: of `parallel.zero.laid_out`, stacked arrays in the stages' rows
+        (`stage_rows`); `leaves` are differentiated.
       microbatches: (batch, weights), each array [micro-batches, B, T].
       key: folded with a micro-batch's number if there are several; None stays None.
       accumulate: dtype in which gradients are summed.
 
     Returns:
-      The loss's sums over micro-batches, and the gradients, divided as `rules.of_gradient`.
+      The loss's sums over micro-batches; the gradients, in the model's order of layers and divided
+      as `rules.of_gradient`; and int32[ticks, stages, 3], which F, B and W really ran.
     """
-    division = Division((cut.layers // schedule.positions,) * schedule.positions)
     program = make_program(schedule, INPUTS if cut.inputs else RESIDUALS)
     names: list[str]
     tree: Any
     names, tree = jax.tree.flatten(axes)
     stacked = [name.split()[0] == "layers" for name in names]
-    by_stage = tree.unflatten([P(PIPE) if own else P() for own in stacked])
     parts = Parts(tree, stacked)
 
     def stage(
         leaves: Tree, copy: Tree | None, microbatches: Any, key: jax.Array | None, columns: Any
-    ) -> tuple[Sums, Tree]:
+    ) -> tuple[Sums, Tree, jax.Array]:
         table = jax.tree.map(lambda a: jnp.squeeze(a, 1), columns)  # this stage's
         own, outside = parts.divide(leaves)
         own_copy, outside_copy = parts.divide(copy)
@@ -128,71 +166,44 @@ def run_pipeline(
         carry, ran = Stage(cut, program, division, parts, arrays, accumulate).run(table)
         # Embedding and head are the first and the last stage's, tied or not; others have zeros.
         summed = [lax.psum(g, PIPE) for g in carry["outside"]]
-        return lax.psum(carry["sums"], PIPE), parts.join(carry["own"], summed)
+        grads = parts.join(carry["own"], summed)
+        return lax.psum(carry["sums"], PIPE), grads, jnp.expand_dims(ran, 1)
 
-    run = jax.shard_map(
-        stage,
-        in_specs=(by_stage, None if copy is None else by_stage, P(), P(), P(None, PIPE)),
-        out_specs=(P(), by_stage),
-        axis_names={PIPE},
-        check_vma=False,
+    rows = stage_rows(schedule, division)
+    assert rules.rows == (rows is None), "the layout at rest is of another division"
+    divided = jax.tree.map(lambda a, names: rules.in_stage(names, a.shape), leaves, axes)
+    columns = jax.tree.map(
+        lambda a: jax.reshard(jnp.asarray(a), P(None, PIPE)), _columns(program, division)
     )
-    order = _layer_order(schedule, cut.layers)
-    if order is not None:
-        leaves, copy = (_reordered(part, stacked, order) for part in (leaves, copy))
-    sums, grads = run(leaves, copy, microbatches, key, _columns(program, division))
-    if order is not None:
-        grads = _reordered(grads, stacked, np.argsort(order))
-
-    def at_rest(array: jax.Array, names: str) -> jax.Array:
-        return jax.reshard(array, rules.of_gradient(names, array.shape))
-
-    return sums, jax.tree.map(at_rest, grads, axes)
-
-
-def _layer_order(schedule: Schedule, layers: int) -> np.ndarray | None:
-    """The layers by stage and chunk; None where that is their own order."""
-    if schedule.chunks == 1:
-        return None
-    each = layers // schedule.positions
-    return np.concatenate(
-        [
-            schedule.position(stage, chunk) * each + np.arange(each)
-            for stage in range(schedule.stages)
-            for chunk in range(schedule.chunks)
-        ]
+    sums, grads, ran = by_stage(
+        stage, (P(), divided, P(None, PIPE)), leaves, copy, microbatches, key, columns
     )
 
+    def at_rest(array: jax.Array, names: str, own: bool) -> jax.Array:
+        if not own or rows is None:
+            return jax.reshard(array, rules.of_gradient(names, array.shape))
+        whole = cut.layers, *array.shape[1:]
+        return to_spread(array, rules.of_gradient(names, whole), rows)
 
-def _reordered(tree: Tree | None, stacked: list[bool], order: np.ndarray) -> Tree | None:
-    """Stacked arrays in another order of layers: what moves goes from stage to stage."""
-    if tree is None:
-        return None
-    structure: Any
-    arrays, structure = jax.tree.flatten(tree)
-
-    def taken(array: jax.Array) -> jax.Array:
-        return array.at[order].get(out_sharding=jax.typeof(array).sharding.spec)
-
-    return structure.unflatten(
-        [taken(array) if own else array for array, own in zip(arrays, stacked, strict=True)]
-    )
+    return sums, jax.tree.map(at_rest, grads, axes, tree.unflatten(stacked)), ran
 
 
-def _columns(program: Program, division) -> dict[str, Any]:
+def stage_rows(schedule: Schedule, division: Division) -> list[int] | None:
+    """`Division.rows`; None where those are the model's layers in their order."""
+    return None if division.in_rows(schedule) else division.rows(schedule)
+
+
+def _columns(program: Program, division: Division) -> dict[str, Any]:
     """The table as arrays [ticks, stages], for the scan."""
     schedule = program.schedule
 
     def columns(kind: Columns) -> dict[str, np.ndarray]:
-        position = np.full_like(kind.microbatch, -1)
+        position, first, layers = (np.full_like(kind.microbatch, -1) for _ in range(3))
         for tick, stage in np.argwhere(kind.microbatch >= 0):
-            position[tick, stage] = schedule.position(int(stage), int(kind.chunk[tick, stage]))
-        firsts = np.array([*(division.first(i) for i in range(schedule.positions)), 0], np.int32)
-        return asdict(kind) | {
-            "position": position,
-            "first": firsts[position],
-            "layers": np.array(division.layers, np.int32)[position],
-        }
+            at = tick, stage
+            position[at] = schedule.position(int(stage), int(kind.chunk[at]))
+            first[at], layers[at] = division.first(position[at]), division.layers[position[at]]
+        return asdict(kind) | {"position": position, "first": first, "layers": layers}
 
     return {
         "F": columns(program.forward),

@@ -6,9 +6,13 @@ without dividing the activations' `act_embed`.
 
 A parameter is declared as `"embed -> heads head_dim"`: the dims before the arrow are contracted,
 the rest are produced. Vectors (gains, biases) have no arrow. Stacked layers put `layers` first;
-that axis is scanned, and `pipe` alone divides it: each stage of a pipeline scans its own layers. Of
-the parameters outside the stack, `pipe` divides the tables between steps (`TABLES`): their master
-copy and moments. While they are used every stage has them whole.
+that axis is scanned, and `pipe` alone divides it: each stage of a pipeline scans its own layers.
+
+Between steps, `pipe` divides stacked arrays so too where each stage's layers are one block of the
+model's and as many as any other's. Where they are not (several chunks a stage, uneven ones) it
+divides another dim, and `parallel/exchange.py` brings each stage its layers once a step. Of the
+parameters outside the stack, `pipe` divides the tables between steps (`TABLES`): their master copy
+and moments. While they are used every stage has them whole.
 
 ZeRO (`config.parallel.zero`, over the fsdp axis; Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054):
 
@@ -118,11 +122,18 @@ class Rules:
     """The resolved table: hashable, a static field of models, never a context variable.
 
     (jit's cache does not see context variables: a sweep would get a stale layout.)
+
+    Attributes:
+      table: logical name -> mesh axes.
+      sizes: mesh axis -> its size.
+      zero: ZeRO level.
+      rows: `pipe` divides stacked arrays by layers between steps; if not, by another dim.
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...]
     sizes: tuple[tuple[str, int], ...]
     zero: int = 0
+    rows: bool = True
 
     def axes(self, name: str) -> tuple[str, ...]:
         """The mesh axes that divide one logical dim; () if none does."""
@@ -145,28 +156,46 @@ class Rules:
         """
         return self._spec([self.axes(name) for name in names.split()], names)
 
+    @property
+    def staged(self) -> bool:
+        """Whether the layers are divided over the stages of a pipeline."""
+        return self.size((PIPE,)) > 1
+
     def at_rest(self, names: str, shape: tuple[int, ...]) -> P:
         """The partition between steps of a parameter's master copy and moments."""
+        if not self.rows and _stacked(names):
+            return self.spread(names, shape)
         return self._parameter(names, shape, divided=self.zero >= 1, tables=True)
 
     def in_model(self, names: str, shape: tuple[int, ...]) -> P:
-        """The partition of the copy in compute dtype that the model is given."""
+        """The partition of the copy in compute dtype that the step computes with."""
         return self._parameter(names, shape, divided=self.zero >= 3)
 
     def of_gradient(self, names: str, shape: tuple[int, ...]) -> P:
         """The partition of a parameter's gradient."""
+        if not self.rows and _stacked(names):
+            return self.spread(names, shape)  # on its way back from the stages anyway
         return self._parameter(names, shape, divided=self.zero >= 2, tables=True)
 
     def in_stage(self, names: str, shape: tuple[int, ...]) -> P:
         """The partition of the gradient that one stage of a pipeline sums."""
         return self._parameter(names, shape, divided=self.zero >= 2)
 
+    def spread(self, names: str, shape: tuple[int, ...]) -> P:
+        """The partition of a stacked array that has all layers on every stage, a part of each."""
+        return self._parameter(names, shape, divided=self.zero >= 1, spread=True)
+
     def gathered(self, names: str, shape: tuple[int, ...]) -> P:
         """The partition of a weight while it is used: divided over `tensor` at most."""
         return self._parameter(names, shape, divided=False)
 
     def _parameter(
-        self, names: str, shape: tuple[int, ...], divided: bool, tables: bool = False
+        self,
+        names: str,
+        shape: tuple[int, ...],
+        divided: bool,
+        tables: bool = False,
+        spread: bool = False,
     ) -> P:
         dims = names.replace("->", " ").split()
         assert len(dims) == len(shape), (names, shape)
@@ -175,15 +204,23 @@ class Rules:
             for i, name in enumerate(dims):
                 if name in TABLES and shape[i] % self.size((PIPE, *parts[i])) == 0:
                     parts[i] = (PIPE, *parts[i])
+        # The dim that the table names for fsdp, or where that does not divide the first one that
+        # does: every tensor is divided that can be, biases and gains too.
+        wanted = [i for i, name in enumerate(dims) if FSDP in self.axes(name)]
+        order = wanted + [i for i, name in enumerate(dims) if name != "layers"]
+
+        def divide(axis: str) -> None:
+            for i in order:
+                if shape[i] % self.size((*parts[i], axis)) == 0:
+                    parts[i] = (*parts[i], axis)
+                    return
+
         if divided:
-            # The dim that the table names, or where that does not divide the first one that does:
-            # every tensor is divided that can be, biases and gains too.
-            wanted = [i for i, name in enumerate(dims) if FSDP in self.axes(name)]
-            others = [i for i, name in enumerate(dims) if name != "layers"]
-            for i in wanted + others:
-                if shape[i] % self.size((*parts[i], FSDP)) == 0:
-                    parts[i] = (*parts[i], FSDP)
-                    break
+            divide(FSDP)
+        if spread:
+            # After fsdp, so that what one device has over all stages is one block of the dim.
+            parts[dims.index("layers")] = ()
+            divide(PIPE)
         return self._spec(parts, names)
 
     def _spec(self, parts: list[tuple[str, ...]], names: str) -> P:
@@ -199,8 +236,16 @@ class Rules:
         return P(*[axes[0] if len(axes) == 1 else (axes or None) for axes in real])
 
 
+def _stacked(names: str) -> bool:
+    return names.split()[0] == "layers"
+
+
 def make_rules(
-    config: ParallelConfig, sizes: Mapping[str, int], dims: Mapping[str, tuple[int, str]]
+    config: ParallelConfig,
+    sizes: Mapping[str, int],
+    dims: Mapping[str, tuple[int, str]],
+    *,
+    rows: bool = True,
 ) -> Rules:
     """Resolves the table for a mesh and checks that every divided dim divides.
 
@@ -208,6 +253,7 @@ def make_rules(
       config: level, preset and overrides.
       sizes: mesh axis -> its size.
       dims: logical name -> (size, the config key it comes from) of the model and the batch.
+      rows: see `Rules`; as the pipeline's division says (`parallel.division.Division.in_rows`).
 
     Raises:
       ValueError: a dim does not divide, naming its key. Fewer K/V heads than parts are replicated.
@@ -232,7 +278,7 @@ def make_rules(
             continue
         shown = " x ".join(f"config.mesh.{axis} = {sizes[axis]}" for axis in axes)
         raise ValueError(f"{key} = {size} does not divide by {shown}; choose a multiple of {parts}")
-    rules = Rules(tuple(table.items()), tuple(sizes.items()), config.zero)
+    rules = Rules(tuple(table.items()), tuple(sizes.items()), config.zero, rows)
     rules.spec("batch seq act_heads head_dim"), rules.spec("batch residual_seq act_embed")
     rules.spec("batch seq act_mlp"), rules.spec("batch seq act_vocab")
     return rules

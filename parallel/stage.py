@@ -21,6 +21,7 @@ from parallel.mesh import PIPE
 from parallel.schedule_program import Program
 from parallel.schedule_slots import Kept
 from parallel.split import Split
+from parallel.when import when
 from parallel.zero import Tree, together
 
 # With inputs alone, the last chunk's output is not known before B, and so neither is its loss.
@@ -228,19 +229,19 @@ class Stage:
         )
         y_BTD, ring = self.chunks.forward(row, x_BTD, carry["residual"], row["residual"])
 
-        def loss(carry: Carry) -> Carry:
-            carry, dy_BTD = self.with_loss(carry, y_BTD, row)
-            return carry | {"cotangent": _put(carry["cotangent"], dy_BTD, row["cotangent"])}
+        def loss(part: Carry) -> Carry:
+            part, dy_BTD = self.with_loss(part, y_BTD, row)
+            return part | {"cotangent": _put(part["cotangent"], dy_BTD, row["cotangent"])}
 
-        carry = carry | {"residual": ring}
-        return lax.cond(row["position"] == self.last, loss, lambda c: c, carry), y_BTD
+        part = {name: carry[name] for name in ("sums", "outside", "cotangent")}
+        part = when(row["position"] == self.last, loss, part)
+        return carry | part | {"residual": ring}, y_BTD
 
     def forward_from_input(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array]:
         """F that keeps the first chunk's input; the others' came to where it stays."""
-        ring = lax.cond(
+        ring = when(
             row["position"] == 0,
             lambda ring: _put(ring, self.embed(self.arrays.outside, row), row["input"]),
-            lambda ring: ring,
             carry["input"],
         )
         # The last chunk computes its loss where it computes the gradient, from its input.
@@ -268,17 +269,18 @@ class Stage:
         """B, and W with it or not; in the last chunk after the loss."""
         y_BTD, ring = self.again(carry, row)
 
-        def loss(carry: Carry) -> tuple[Carry, jax.Array]:
-            carry, dy_BTD = self.with_loss(carry, y_BTD, row)
+        def loss(part: Carry) -> Carry:
+            part, dy_BTD = self.with_loss(part, y_BTD, row)
             if not with_weights:  # W reads it in a later tick
-                cotangents = _put(carry["cotangent"], dy_BTD, row["cotangent"])
-                carry = carry | {"cotangent": cotangents}
-            return carry, dy_BTD
+                cotangents = _put(part["cotangent"], dy_BTD, row["cotangent"])
+                part = part | {"cotangent": cotangents}
+            return part | {"dy": dy_BTD}
 
-        def sent(carry: Carry) -> tuple[Carry, jax.Array]:
-            return carry, _take(carry["cotangent"], row["cotangent"])
-
-        carry, dy_BTD = lax.cond(row["position"] == self.last, loss, sent, carry)
+        part = {name: carry[name] for name in ("sums", "outside", "cotangent")}
+        part["dy"] = _take(carry["cotangent"], row["cotangent"])
+        part = when(row["position"] == self.last, loss, part)
+        dy_BTD = part.pop("dy")
+        carry = carry | part
         if with_weights:
             dx_BTD, own = self.chunks.backward(row, dy_BTD, ring, jnp.int32(0), carry["own"])
             return carry | {"own": own}, dx_BTD
@@ -316,19 +318,16 @@ class Stage:
             _, back = jax.vjp(lambda outside: self.embed(outside, row), self.arrays.outside)
             return _added(sums, back(dx_BTD)[0])
 
-        sums = lax.cond(row["position"] == 0, first, lambda sums: sums, carry["outside"])
-        return carry | {"outside": sums}
+        return carry | {"outside": when(row["position"] == 0, first, carry["outside"])}
 
     # --- Ticks -------------------------------------------------------------------------------
 
     def run_forward(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array, jax.Array]:
         """F or nothing: the carry, what is sent on, 1 where it ran."""
         action = self.forward_from_input if self.cut.inputs else self.forward
-        return lax.cond(
-            row["microbatch"] >= 0,
-            lambda carry: (*action(carry, row), jnp.int32(1)),
-            lambda carry: (carry, self.nothing(), jnp.int32(0)),
-            carry,
+        idle = carry, self.nothing(), jnp.int32(0)
+        return when(
+            row["microbatch"] >= 0, lambda state: (*action(state[0], row), jnp.int32(1)), idle
         )
 
     def run_backward(
@@ -336,20 +335,20 @@ class Stage:
     ) -> tuple[Carry, jax.Array, jax.Array, jax.Array]:
         """B, B with W, or nothing: the carry, what is sent back, 1 where B and where W ran."""
         action = self.backward_from_input if self.cut.inputs else self.backward
+        Ran = tuple[Carry, jax.Array, jax.Array, jax.Array]
 
-        def run(carry: Carry, with_weights: bool) -> tuple[Carry, jax.Array, jax.Array, jax.Array]:
-            carry, dx_BTD = action(carry, row, with_weights)
+        def run(state: Ran, with_weights: bool) -> Ran:
+            carry, dx_BTD = action(state[0], row, with_weights)
             ran = jnp.int32(1), jnp.int32(with_weights)
             return self.to_embedding(carry, dx_BTD, row), dx_BTD, *ran
 
-        Branch = Callable[[Carry], tuple[Carry, jax.Array, jax.Array, jax.Array]]
-        kinds: list[Branch] = [lambda carry: (carry, self.nothing(), jnp.int32(0), jnp.int32(0))]
+        here = row["microbatch"] >= 0
+        state = carry, self.nothing(), jnp.int32(0), jnp.int32(0)
         if self.program.fused.any():
-            kinds.append(lambda carry: run(carry, True))
+            state = when(here & fused, lambda state: run(state, True), state)
         if self.apart:
-            kinds.append(lambda carry: run(carry, False))
-        kind = jnp.where(row["microbatch"] < 0, 0, jnp.where(fused, 1, len(kinds) - 1))
-        return lax.switch(kind, kinds, carry)
+            state = when(here & ~fused, lambda state: run(state, False), state)
+        return state
 
     @property
     def apart(self) -> bool:
@@ -359,11 +358,10 @@ class Stage:
     def run_weight(self, carry: Carry, row: Row, fused: jax.Array) -> tuple[Carry, jax.Array]:
         """W, if B has not done it, or nothing: the carry, 1 where it ran."""
         action = self.weight_from_input if self.cut.inputs else self.weight
-        return lax.cond(
+        return when(
             (row["microbatch"] >= 0) & ~fused,
-            lambda carry: (action(carry, row), jnp.int32(1)),
-            lambda carry: (carry, jnp.int32(0)),
-            carry,
+            lambda state: (action(state[0], row), jnp.int32(1)),
+            (carry, jnp.int32(0)),
         )
 
     def tick(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array]:

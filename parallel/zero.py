@@ -9,7 +9,7 @@ scanned layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from parallel.exchange import to_rows, to_spread
 from parallel.gather import gather
 from parallel.rules import Rules
 
@@ -67,6 +68,9 @@ def for_model(
 ) -> tuple[Tree, Callable[[Tree], Tree]]:
     """Casts the master parameters and lays them out for the model.
 
+    With the stages of a pipeline this is for the model as a whole, in evaluation: layers are spread
+    over the stages and gathered where they are used, one at a time.
+
     Args:
       params: master parameters, divided as `rules.at_rest`.
       axes: the same tree of logical axis strings.
@@ -77,14 +81,37 @@ def for_model(
       (leaves, build): differentiate a function of `leaves`; `build(leaves)` is what the model
       takes. The gradients come out as `rules.of_gradient` says, in `dtype`.
     """
+    if rules.staged:
+        return jax.tree.map(partial(_spread, rules, dtype), params, axes), lambda leaves: leaves
     leaves, copy = laid_out(params, axes, rules, dtype)
     return leaves, lambda leaves: together(leaves, copy)
 
 
-def laid_out(params: Tree, axes: Tree, rules: Rules, dtype: str) -> tuple[Tree, Tree | None]:
-    """What `for_model` differentiates, and the whole copy beside it at level 2."""
-    cast = jax.tree.map(lambda p: p.astype(dtype), params)
+def _spread(rules: Rules, dtype: str, array: jax.Array, names: str) -> jax.Array:
+    cast = array.astype(dtype)
+    if not names.startswith("layers "):
+        return jax.reshard(cast, rules.in_model(names, array.shape))
+    spec = rules.spread(names, array.shape)
+    return to_spread(cast, spec, range(len(array))) if rules.rows else jax.reshard(cast, spec)
 
+
+def laid_out(
+    params: Tree, axes: Tree, rules: Rules, dtype: str, rows: Sequence[int] | None = None
+) -> tuple[Tree, Tree | None]:
+    """What `for_model` differentiates, and the whole copy beside it at level 2.
+
+    Args:
+      rows: the order of layers that the stages of a pipeline want (`Division.rows`), if it is not
+        that in which the parameters are at rest.
+    """
+
+    def own(array: jax.Array, names: str) -> jax.Array:
+        array = array.astype(dtype)
+        if rows is None or not names.startswith("layers "):
+            return array
+        return to_rows(array, rules.spread(names, array.shape), rows)
+
+    cast = jax.tree.map(own, params, axes)
     lay_out = gather if rules.zero == 2 else jax.reshard
 
     def in_model(array: jax.Array, names: str) -> jax.Array:

@@ -112,5 +112,11 @@ def layout(
     policy = RematConfig(policy=remat) if isinstance(remat, str) else remat
     mesh = make_mesh(sizes, jax.devices()[: data * fsdp * pipe * tensor])
     with jax.set_mesh(mesh):
-        rules = make_rules(ParallelConfig(zero=zero, sequence=sequence), sizes.sizes(), dims)
+        rows = True
+        if pipeline is not None:
+            schedule = pipeline.table(pipe)
+            division = pipeline.division(schedule, config.layers, len(config.pattern))
+            rows = division.in_rows(schedule)
+        parallel = ParallelConfig(zero=zero, sequence=sequence)
+        rules = make_rules(parallel, sizes.sizes(), dims, rows=rows)
         yield Laid(causal_lm(config, LossConfig(chunk=chunk), rules, policy, pipeline), mesh)

@@ -98,11 +98,34 @@ BAD_KEYS = {
     "data.batch_size=0": ("config.data.batch_size = 0", "at least 1"),
     "train.grad_accumulation=3": ("config.train.grad_accumulation = 3", "multiple of 3"),
     "train.grad_accumulation=2": ("config.train.grad_accumulation = 8 / 2", "multiple of 8"),
-    "mesh.pipe=2 model.layers=3": ("config.model.layers = 3", "config.mesh.pipe = 2", "of 2"),
-    "mesh.pipe=2 pipeline.schedule=interleaved model.layers=6": (
-        "config.model.layers = 6",
-        "config.mesh.pipe = 2 x 2 chunks",
-        "multiple of 4",
+    "mesh.pipe=2 model.layers=1": ("config.model.layers = 1", "config.mesh.pipe", "at least 2"),
+    "mesh.pipe=2 pipeline.schedule=interleaved model.layers=3": (
+        "config.model.layers = 3",
+        "= 4 chunks",
+        "at least 4",
+    ),
+    "mesh.pipe=2 model.layers=2 model.window=4 model.pattern=('local','global')": (
+        "config.model.layers = 2",
+        "2 kinds in config.model.pattern",
+        "at least 4",
+    ),
+    "mesh.pipe=2 model.layers=5 model.window=4 model.pattern=('local','global')": (
+        "config.model.layers = 5",
+        "multiple of 2",
+    ),
+    "pipeline.balance=costs": ("config.pipeline.balance = 'costs'", "equal, cost"),
+    "mesh.pipe=2 model.layers=4 pipeline.layers=(1,2,1)": (
+        "config.pipeline.layers = (1, 2, 1)",
+        "2 chunks want one each",
+    ),
+    "mesh.pipe=2 model.layers=4 pipeline.layers=(4,0)": (
+        "config.pipeline.layers = (4, 0)",
+        "not 0",
+    ),
+    "mesh.pipe=2 model.layers=4 pipeline.layers=(3,2)": (
+        "config.pipeline.layers = (3, 2)",
+        "together 5",
+        "config.model.layers = 4",
     ),
     "mesh.pipe=2 pipeline.schedule=gpip": ("config.pipeline.schedule = 'gpip'", "gpipe"),
     "mesh.pipe=2 pipeline.form=lien": ("config.pipeline.form = 'lien'", "lean"),

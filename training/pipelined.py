@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from parallel.mesh import PIPE
-from parallel.pipeline import check_layers, run_pipeline
+from parallel.pipeline import run_pipeline, stage_rows
 from parallel.precision import PrecisionConfig
 from parallel.zero import laid_out
 from training.micro_batches import Batch, means, split, token_weights
@@ -23,23 +23,33 @@ def pipelined_loss_and_grads(
     """`training.step.loss_and_grads` by a schedule; gradients are in `precision.accumulate`.
 
     Raises:
-      ValueError: the schedule is none for these stages and micro-batches, or the layers do not
-        divide into its chunks.
+      ValueError: the schedule is none for these stages and micro-batches, or the model has too few
+        layers for its chunks.
     """
     cut, pipeline, rules = model.cut, model.pipeline, model.rules
     assert cut is not None
     assert pipeline is not None
     schedule = pipeline.table(rules.size((PIPE,)), microbatches)
-    check_layers(schedule, cut.layers, cut.period)
+    division = pipeline.division(schedule, cut.layers, cut.period)
+    rows = stage_rows(schedule, division)
 
     def of_batch(
         params: Tree, batch: Batch, key: jax.Array | None, scale: jax.Array
     ) -> tuple[dict[str, jax.Array], Tree]:
-        leaves, copy = laid_out(params, model.axes, rules, precision.compute)
+        leaves, copy = laid_out(params, model.axes, rules, precision.compute, rows)
         weights_BT, tokens = token_weights(batch, scale)
         parts = jax.tree.map(lambda a: split(a, microbatches), (batch, weights_BT))
-        (total, aux), grads = run_pipeline(
-            cut, schedule, rules, model.axes, leaves, copy, parts, key, precision.accumulate
+        (total, aux), grads, _ = run_pipeline(
+            cut,
+            schedule,
+            division,
+            rules,
+            model.axes,
+            leaves,
+            copy,
+            parts,
+            key,
+            precision.accumulate,
         )
         return means(total, aux, scale, tokens), grads
 

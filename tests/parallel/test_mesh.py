@@ -29,7 +29,7 @@ def test_minus_one_takes_what_is_left(sizes, devices, want):
 
 def test_all_axes_are_there_and_explicit():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    assert mesh.axis_names == AXES == ("data", "fsdp", "pipe", "context", "expert", "tensor")
+    assert mesh.axis_names == AXES == ("pipe", "data", "fsdp", "context", "expert", "tensor")
     assert mesh.axis_types == (AxisType.Explicit,) * 6
     assert dict(mesh.shape) == MeshConfig(data=2, fsdp=2, tensor=2).sizes()
     assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in jax.devices())
@@ -40,6 +40,12 @@ def test_some_of_the_devices():
     mesh = make_mesh(MeshConfig(data=-1, tensor=2), devices)
     assert dict(mesh.shape)["data"] == 2
     assert list(mesh.devices.flat) == devices  # tensor, the last axis, is the nearest
+
+
+def test_a_stage_is_a_block_of_neighbours():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, pipe=2))
+    stages = mesh.devices.reshape(2, 4)
+    assert [d.id for d in stages[0]] == [d.id for d in jax.devices()[:4]]
 
 
 @pytest.mark.parametrize(

@@ -133,14 +133,14 @@ def test_fewer_kv_heads_than_parts_are_replicated(kv_heads, parts):
         (
             {"rules": {"mlp": ["model"]}},
             (
-                "config.parallel.rules.mlp = ['model']: a list of mesh axes of data, fsdp, pipe, "
+                "config.parallel.rules.mlp = ['model']: a list of mesh axes of pipe, data, fsdp, "
                 "context, expert, tensor"
             ),
         ),
         (
             {"rules": {"mlp": "tensor"}},
             (
-                "config.parallel.rules.mlp = 'tensor': a list of mesh axes of data, fsdp, pipe, "
+                "config.parallel.rules.mlp = 'tensor': a list of mesh axes of pipe, data, fsdp, "
                 "context, expert, tensor"
             ),
         ),

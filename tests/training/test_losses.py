@@ -233,7 +233,7 @@ def test_logits_of_the_whole_batch_never_exist(use_mesh, with_gradient):
 
 def test_nests_inside_a_program_that_is_manual_over_another_axis():
     """As the last stage of a pipeline calls it: `pipe` is Manual already."""
-    sizes = {"data": 2, "fsdp": 1, "pipe": 2, "context": 1, "expert": 1, "tensor": 2}
+    sizes = {"pipe": 2, "data": 2, "fsdp": 1, "context": 1, "expert": 1, "tensor": 2}
     mesh = Mesh(
         np.array(jax.devices()).reshape(*sizes.values()), AXES, axis_types=(AxisType.Explicit,) * 6
     )
