@@ -9,6 +9,7 @@ import functools
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,24 @@ def test_what_really_ran_is_the_table(schedule, form, monkeypatch):
     for tick, stage, action in table.actions():
         want[tick, stage, KINDS.index(action.kind)] = 1
     np.testing.assert_array_equal(ran, want)
+
+
+@pytest.mark.slow
+def test_the_schedule_of_ones_own_in_the_docs_runs():
+    text = (Path(__file__).parents[2] / "docs" / "pipeline.md").read_text()
+    code = text.split("<!-- own -->\n```python\n")[1].split("```")[0]
+    names = {"__name__": __name__}  # where a dataclass looks for its types
+    exec(code, names)
+
+    def ours(model):
+        return loss_and_grads(model, PrecisionConfig(), 4)
+
+    own, usual = names["Ahead"](microbatches=4, most=2), PipelineConfig(microbatches=4)
+    assert slots(own.table(2)).counts["residual"] == (2, 1)
+    assert slots(usual.table(2)).counts["residual"] == (3, 1)
+    got, want = (run_small(ours, pipe=2, pipeline=p, remat="full") for p in (own, usual))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert norm(g - w) <= TOLERANCE * max(norm(w), 1e-3 * norm(want[1]))
 
 
 # --- What is held ---------------------------------------------------------------------------------
