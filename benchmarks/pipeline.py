@@ -49,8 +49,8 @@ Rows = Iterator[dict[str, Any]]
 
 def autodiff(rounds: int) -> Rows:
     """1F1B and both forms of the other, by rematerialisation and micro-batches."""
-    from benchmarks.autodiff_pipeline import loss_and_grads
-    from benchmarks.staged import Program, busy, ours, ratio, staged, take_turns
+    from autodiff_pipeline import loss_and_grads
+    from staged import Program, busy, ours, ratio, staged, take_turns
     from training.objectives import causal_lm
 
     def theirs(*, stages: bool, layers: bool) -> Callable[..., Any]:
@@ -92,7 +92,7 @@ def autodiff(rounds: int) -> Rows:
 
 def growth(_: int) -> Rows:
     """Every schedule in every form; two stages hold as much of 4 micro-batches as of 32."""
-    from benchmarks.staged import Program, kept, staged
+    from staged import Program, kept, staged
     from parallel.schedule_kinds import FORMS, make_schedule
     from parallel.schedule_slots import slots
 
@@ -119,8 +119,8 @@ def growth(_: int) -> Rows:
 
 def ticks(rounds: int) -> Rows:
     """Seconds of a step over the simulator's, for tables with F, B and W together and apart."""
-    from benchmarks.stage_costs import stage_costs
-    from benchmarks.staged import Program, busy, staged, take_turns
+    from stage_costs import stage_costs
+    from staged import Program, busy, staged, take_turns
     from parallel.schedule_costs import lockstep
     from parallel.schedule_kinds import make_schedule
 
@@ -164,7 +164,7 @@ def ticks(rounds: int) -> Rows:
 
 def axes(rounds: int) -> Rows:
     """The same model and micro-batches by one axis of the mesh each."""
-    from benchmarks.staged import Program, busy, ratio, staged, take_turns
+    from staged import Program, busy, ratio, staged, take_turns
 
     meshes: dict[str, dict[str, int]] = {
         "pipe": {"pipe": 4},
@@ -216,7 +216,7 @@ def real(_: int) -> Rows:
             answer = compile_for(plain(config), target)
             row = {"target": target.name, "schedule": name, "form": form}
             names = ("status", "error", "total_bytes", "arguments", "temporaries")
-            names += ("compile_seconds", "conditionals", "in_branches")
+            names += ("compile_seconds", "conditions", "in_branches")
             row |= {key: answer.get(key) for key in names}
             for found in answer.get("in_branches", ()):
                 assert "pipe" not in found["axis"].split("+"), (row, found)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.staged import Program
+from staged import Program
 from experiment import Experiment
 from parallel.mesh import PIPE
 from parallel.schedule_costs import Costs

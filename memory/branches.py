@@ -1,18 +1,18 @@
-"""The collectives that run only where a branch of a conditional is taken.
+"""The collectives that run only where a device decides so: in conditionals, in loops without a bound.
 
-Devices decide by themselves which branch they take. If the members of a group could decide
-differently, some would wait for ever; so what a pipeline's stages compute behind a condition may
-only communicate within a stage.
+If the members of a group could decide differently, some would wait for ever; so what a pipeline's
+stages compute behind a condition may only communicate within a stage. A loop whose number of turns
+is a value, none or one, is a condition as well.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from memory.collectives import KINDS, device_groups, mesh_axes
-from memory.hlo import Computation, Module
+from memory.hlo import Computation, Instruction, Module, trip_count
 
 # What XLA:GPU makes of an all-gather of which each device slices its own part again: zeros, where
 # the part is meant (https://github.com/openxla/xla/pull/45218).
@@ -45,14 +45,17 @@ def collectives_in_branches(module: Module, axes: Mapping[str, int]) -> Counter[
             for name in i.called().values():
                 read(module.computations[name])
 
-    for computation in module.computations.values():
-        for i in computation:
-            if i.opcode == "conditional":
-                for name in i.called().values():
-                    read(module.computations[name])
+    for i in conditions(module):
+        for name in i.called().values():
+            read(module.computations[name])
     return found
 
 
-def conditionals(module: Module) -> int:
-    """How many conditionals a program has."""
-    return sum(i.opcode == "conditional" for where in module.computations.values() for i in where)
+def conditions(module: Module) -> Iterator[Instruction]:
+    """The conditionals of a program, and its loops whose number of turns is not written down."""
+    for where in module.computations.values():
+        for i in where:
+            if i.opcode == "conditional" or (
+                i.opcode == "while" and trip_count(module, where, i) == 1
+            ):
+                yield i
