@@ -48,6 +48,7 @@ def loss_and_grads(
     assert cut is not None
     m, p = microbatches, rules.size((PIPE,))
     each, last = cut.layers // p, p - 1
+    tree: Any
     names, tree = jax.tree.flatten(model.axes)
     by_stage = tree.unflatten([P(PIPE) if n.split()[0] == "layers" else P() for n in names])
 
@@ -95,7 +96,7 @@ def loss_and_grads(
 
         return lax.psum(sums, PIPE), jax.tree.map(summed, grads, by_stage)
 
-    run = jax.shard_map(
+    run: Any = jax.shard_map(
         stage,
         in_specs=(by_stage, P(), P(), P(), P(PIPE)),
         out_specs=(P(), by_stage),

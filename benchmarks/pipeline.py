@@ -51,6 +51,7 @@ def autodiff(rounds: int) -> Rows:
     """1F1B and both forms of the other, by rematerialisation and micro-batches."""
     from autodiff_pipeline import loss_and_grads
     from staged import Program, busy, ours, ratio, staged, take_turns
+
     from training.objectives import causal_lm
 
     def theirs(*, stages: bool, layers: bool) -> Callable[..., Any]:
@@ -93,6 +94,7 @@ def autodiff(rounds: int) -> Rows:
 def growth(_: int) -> Rows:
     """Every schedule in every form; two stages hold as much of 4 micro-batches as of 32."""
     from staged import Program, kept, staged
+
     from parallel.schedule_kinds import FORMS, make_schedule
     from parallel.schedule_slots import slots
 
@@ -102,7 +104,10 @@ def growth(_: int) -> Rows:
                 for remat in ("none", "full"):
                     for microbatches in counts:
                         table = make_schedule(name, stages, microbatches, form=form)
-                        pipeline = {"pipeline__schedule": name, "pipeline__form": form}
+                        pipeline: dict[str, Any] = {
+                            "pipeline__schedule": name,
+                            "pipeline__form": form,
+                        }
                         experiment = staged(
                             {"pipe": stages}, microbatches, remat__policy=remat, **pipeline
                         )
@@ -121,21 +126,19 @@ def ticks(rounds: int) -> Rows:
     """Seconds of a step over the simulator's, for tables with F, B and W together and apart."""
     from stage_costs import stage_costs
     from staged import Program, busy, staged, take_turns
+
     from parallel.schedule_costs import lockstep
-    from parallel.schedule_kinds import make_schedule
+    from parallel.schedule_kinds import Form, make_schedule
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     microbatches = 16
+    tables: tuple[tuple[str, Form], ...]
+    tables = ("1f1b", "wide"), ("1f1b", "lean"), ("gpipe", "wide"), ("zb_h1", "wide")
     for remat in ("none", "full"):
         alone = stage_costs(staged({"pipe": 2}, microbatches, 4, remat__policy=remat))
         programs = {}
-        for name, form in (
-            ("1f1b", "wide"),
-            ("1f1b", "lean"),
-            ("gpipe", "wide"),
-            ("zb_h1", "wide"),
-        ):
-            pipeline = {"pipeline__schedule": name, "pipeline__form": form}
+        for name, form in tables:
+            pipeline: dict[str, Any] = {"pipeline__schedule": name, "pipeline__form": form}
             experiment = staged({"pipe": 2}, microbatches, 4, remat__policy=remat, **pipeline)
             programs[name, form] = Program(experiment)
         runs = {" ".join(key): program.run for key, program in programs.items()}
@@ -208,15 +211,18 @@ def real(_: int) -> Rows:
     cells = [
         (name, form) for name in ("1f1b", "interleaved", "zb_h1", "gpipe") for form in FORMS[name]
     ]
+    row: dict[str, Any]
     for target in map(parse_target, TARGETS):
         for name, form in cells:
             keys = shape | {"pipeline.schedule": name, "pipeline.form": form}
             flags = [f"--config.{key}={value}" for key, value in keys.items()]
             config = override(load_config(str(ROOT / "configs" / "llama3_8b.py")), flags)
             answer = compile_for(plain(config), target)
+            names = (
+                *("status", "error", "total_bytes", "arguments", "temporaries"),
+                *("compile_seconds", "conditions", "in_branches"),
+            )
             row = {"target": target.name, "schedule": name, "form": form}
-            names = ("status", "error", "total_bytes", "arguments", "temporaries")
-            names += ("compile_seconds", "conditions", "in_branches")
             row |= {key: answer.get(key) for key in names}
             for found in answer.get("in_branches", ()):
                 assert "pipe" not in found["axis"].split("+"), (row, found)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
-
 from staged import Program
+
 from experiment import Experiment
 from parallel.mesh import PIPE
 from parallel.schedule_costs import Costs
@@ -38,7 +38,7 @@ class Alone:
       again: layers are computed again in the backward pass, as the policy `full` has it.
     """
 
-    runs: Mapping[str, Callable[[], Any]]
+    runs: dict[str, Callable[[], Any]]
     microbatches: int
     again: bool
 
@@ -112,6 +112,7 @@ def maker(body: Callable[[Model], Body]) -> Callable[[Model, Experiment], Callab
 
     def make(model: Model, experiment: Experiment) -> Callable[..., Any]:
         run_body, m = body(model), experiment.micro_steps
+        tree: Any
         names, tree = jax.tree.flatten(model.axes)
         by_stage = tree.unflatten([P(PIPE) if n.split()[0] == "layers" else P() for n in names])
 
@@ -133,7 +134,7 @@ def maker(body: Callable[[Model], Body]) -> Callable[[Model, Experiment], Callab
             total = sum(jnp.sum(a).astype(jnp.float32) for a in jax.tree.leaves((x_BTD, sums)))
             return jnp.reshape(total, (1,))
 
-        run = jax.shard_map(
+        run: Any = jax.shard_map(
             stage,
             in_specs=(by_stage, P(), P(), P()),
             out_specs=P(PIPE),

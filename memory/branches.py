@@ -1,4 +1,4 @@
-"""The collectives that run only where a device decides so: in conditionals, in loops without a bound.
+"""The collectives that run only where a device decides so: in conditionals, in unbounded loops.
 
 If the members of a group could decide differently, some would wait for ever; so what a pipeline's
 stages compute behind a condition may only communicate within a stage. A loop whose number of turns
