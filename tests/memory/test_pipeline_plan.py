@@ -120,7 +120,8 @@ def test_what_a_layer_leaves_is_predicted_to_the_byte(name, monkeypatch):
 
     def held(shapes):
         return sum(
-            math.prod(s.shape) * s.dtype.itemsize
+            math.prod(s.shape)
+            * s.dtype.itemsize
             // math.prod(job.sizes[axis] for axis in axes_of(s.sharding.spec))
             for s in shapes
         )
