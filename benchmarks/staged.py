@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from configs import tiny
 from experiment import Experiment, read_experiment
 from memory.compiled import BATCH
+from parallel.compilation import quick_compilation
 from parallel.mesh import make_mesh
 from parallel.schedule_slots import Kept
 from parallel.stage import INPUTS, RESIDUALS
@@ -82,7 +83,8 @@ class Program:
             return self.model.init(jax.random.key(0)), jax.random.key(1), jnp.float32(1)
 
         with jax.set_mesh(self.mesh):
-            params, key, scale = jax.eval_shape(drawn) if abstract else jax.jit(drawn)()
+            draw = jax.jit(drawn, compiler_options=quick_compilation())
+            params, key, scale = jax.eval_shape(drawn) if abstract else draw()
         if abstract:
             rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
             return params, dict.fromkeys(BATCH, rows), key, scale
