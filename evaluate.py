@@ -24,7 +24,7 @@ def main(config: Any, workdir: Path, step: int | None) -> None:
     from data.dataset import open_data
     from data.loader import device_batches, local_rows
     from experiment import read_experiment
-    from parallel.compilation import keep_compiled
+    from parallel.compilation import keep_compiled, safe_compilation
     from parallel.mesh import make_mesh
     from training.checkpoint import Checkpoints
     from training.evaluation import evaluate, make_eval_step
@@ -51,7 +51,10 @@ def main(config: Any, workdir: Path, step: int | None) -> None:
         spec = model.rules.spec("batch seq")
         rows = local_rows(mesh, spec, experiment.data.batch_size)
         token_bytes = data.tokenizer.token_bytes()
-        eval_step = jax.jit(make_eval_step(model, experiment.precision, token_bytes))
+        eval_step = jax.jit(
+            make_eval_step(model, experiment.precision, token_bytes),
+            compiler_options=safe_compilation(),
+        )
         with data.held_out(experiment.eval.batches, rows=rows) as loader:
             result = evaluate(eval_step, state["params"], device_batches(loader, mesh, spec))
         checkpoints.close()

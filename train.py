@@ -39,7 +39,7 @@ def train(config: Any, workdir: Path) -> None:
     from experiment import read_experiment
     from memory.measure import MemoryWatch
     from models.flops import flops_per_token
-    from parallel.compilation import keep_compiled
+    from parallel.compilation import keep_compiled, safe_compilation
     from parallel.mesh import make_mesh
     from training.checkpoint import Checkpoints
     from training.evaluation import evaluate, make_eval_step
@@ -102,7 +102,7 @@ def train(config: Any, workdir: Path) -> None:
             seed=experiment.seed,
             micro_steps=experiment.micro_steps,
         )
-        jitted = jax.jit(step_fn, donate_argnums=0)
+        jitted = jax.jit(step_fn, donate_argnums=0, compiler_options=safe_compilation())
         compiled: dict[int, Callable[..., Any]] = {}  # by sequence length: one, or one a bucket
 
         def run_step(state: Any, batch: dict[str, jax.Array]) -> Any:
@@ -117,7 +117,8 @@ def train(config: Any, workdir: Path) -> None:
             return compiled[length](state, batch)
 
         eval_step = jax.jit(
-            make_eval_step(model, experiment.precision, data.tokenizer.token_bytes())
+            make_eval_step(model, experiment.precision, data.tokenizer.token_bytes()),
+            compiler_options=safe_compilation(),
         )
 
         def held_out_loss(params: Any) -> dict[str, float]:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from memory.compiled import BATCH
 from memory.job import Job
+from parallel.compilation import safe_compilation
 from parallel.mesh import make_mesh
 from training.state import create_state
 
@@ -40,7 +41,7 @@ def measure_step(job: Job, *, steps: int = 5) -> dict[str, Any]:
         batch = dict.fromkeys(BATCH, tokens)
         batch["segments"] = jnp.ones_like(tokens)
         batch["positions"] = jax.device_put(positions, rows)
-        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile(safe_compilation())
         seconds = []
         for _ in range(steps + 2):
             since = time.perf_counter()

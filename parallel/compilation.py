@@ -33,6 +33,21 @@ def quick_compilation() -> dict[str, str] | None:
     return {option: "1"}
 
 
+def safe_compilation(kind: str | None = None) -> dict[str, str | bool]:
+    """`compiler_options` for every program that computes with divided arrays.
+
+    XLA:GPU makes zeros where an all-gather is followed by a slice of each device's own part, as at
+    a residual sum under `config.parallel.sequence`: the pass that is left out here turns the pair
+    into a permute that sends nothing (https://github.com/openxla/xla/pull/45218).
+
+    Args:
+      kind: cpu, gpu or tpu; None is what is here.
+    """
+    if (kind or jax.default_backend()) != "gpu":
+        return {}
+    return {"xla_disable_hlo_passes": "all-gather-to-collective-permute-simplifier"}
+
+
 def device_bytes(compiled: Any) -> int:
     """Bytes per device of a compiled program: arguments + outputs + temporaries - aliases."""
     m = compiled.memory_analysis()

@@ -157,11 +157,14 @@ class Target:
         return list(topology.devices)
 
     def compiler_options(self) -> dict[str, str | bool]:
-        """What compiling without the device needs."""
-        if self.chip.kind != "gpu":
-            return {}
-        # There is no device to time kernels on; and nobody runs the code, so it need not be fast.
-        return {"xla_gpu_autotune_level": "0", "xla_llvm_disable_expensive_passes": True}
+        """What a step is compiled with, and what compiling without the device needs."""
+        from parallel.compilation import safe_compilation
+
+        options = safe_compilation(self.chip.kind)
+        if self.chip.kind == "gpu":
+            # There is no device to time kernels on; nobody runs the code, so it need not be fast.
+            options |= {"xla_gpu_autotune_level": "0", "xla_llvm_disable_expensive_passes": True}
+        return options
 
 
 def parse_target(name: str) -> Target:
