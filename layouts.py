@@ -127,9 +127,7 @@ def staged(
 
 def rows_of(config: ConfigDict, mesh: Overrides) -> int:
     """Sequences of a step on one device."""
-    return int(
-        config.data.batch_size // (mesh["config.mesh.data"] * mesh["config.mesh.fsdp"])
-    )
+    return int(config.data.batch_size // (mesh["config.mesh.data"] * mesh["config.mesh.fsdp"]))
 
 
 def pipeline_keys(table: dict[str, Any]) -> Overrides:

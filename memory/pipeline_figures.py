@@ -70,9 +70,7 @@ class PipelineFigures:
         return timeline.fragment(self.schedule, replace(self.costs, **scaled))
 
 
-def pipeline_figures(
-    job: Job, target: Target, phases: Mapping[str, int]
-) -> PipelineFigures | None:
+def pipeline_figures(job: Job, target: Target, phases: Mapping[str, int]) -> PipelineFigures | None:
     """The figures of a job; None where it has no stages.
 
     Args:

@@ -85,9 +85,7 @@ def html(rows: Sequence[Row], *, title: str, limit_bytes: int) -> str:
     return _page(title, "", limit_bytes, [_drawn(row) for row in rows], plan=None)
 
 
-def plan_html(
-    row: Row, timeline: Sequence[Any], buffers: Sequence[Any], schedule: str = ""
-) -> str:
+def plan_html(row: Row, timeline: Sequence[Any], buffers: Sequence[Any], schedule: str = "") -> str:
     """The page of one plan: its grades side by side, memory over the step, the largest buffers.
 
     Args:

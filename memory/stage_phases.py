@@ -26,9 +26,7 @@ def stage_phases(stages: Stages, k: Constants) -> dict[str, Parts]:
         "summed gradients": sums,
         "batch by micro-batches": terms.batch * 5 // 4,  # and the weights of its tokens
     }
-    always |= {
-        f"pipeline buffers: {name}": size for name, size in stages.rings.items() if size
-    }
+    always |= {f"pipeline buffers: {name}": size for name, size in stages.rings.items() if size}
     layer = one_layer(terms, k)
     again = stages.rows * stages.kept if stages.inputs else 0
     gathered = "gathered weights"

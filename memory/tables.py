@@ -117,8 +117,7 @@ def table(
         rows[row] += more * (count - rows[row])
     rows = Counter({row: count for row, count in rows.items() if count})
     capacity = {
-        buffer: size + more * (two.capacity[buffer] - size)
-        for buffer, size in one.capacity.items()
+        buffer: size + more * (two.capacity[buffer] - size) for buffer, size in one.capacity.items()
     }
     return _table(one, microbatches, capacity, rows)
 

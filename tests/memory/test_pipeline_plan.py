@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import cache
 
 import jax
-import numpy as np
 import pytest
 
 from config_border import with_values
@@ -21,7 +20,6 @@ from memory.pipeline_figures import pipeline_figures
 from memory.plan import remedies
 from memory.plan_text import describe
 from memory.predict import predict
-from memory.rings import kept, pending
 from memory.roofline import actions_of, branch_shares, counted_time, step_time
 from memory.stage_time import action_costs
 from memory.stages import Stages
@@ -53,15 +51,15 @@ def job_of(target=TARGET, **layout):
 # --- tables ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", [INPUTS, RESIDUALS], ids=["inputs", "residuals"])
+@pytest.mark.parametrize("held", [INPUTS, RESIDUALS], ids=["inputs", "residuals"])
 @pytest.mark.parametrize(("name", "form"), KINDS)
-def test_a_long_table_is_what_it_would_be_if_built(name, form, kept):
+def test_a_long_table_is_what_it_would_be_if_built(name, form, held):
     for stages in (2, 3, 4, 6):
         for number in (stages, 6 * stages + 1, 7 * stages, 11 * stages):
             if name == "interleaved" and number % stages:
                 continue
-            short = table(name, stages, number, 0, form, kept)
-            built = _whole(name, stages, number, 0, form, kept)
+            short = table(name, stages, number, 0, form, held)
+            built = _whole(name, stages, number, 0, form, held)
             assert dict(short.capacity) == dict(built.capacity), (stages, number)
             assert _counted(short) == _counted(built), (stages, number)
 
@@ -121,7 +119,8 @@ def test_what_a_layer_leaves_is_predicted_to_the_byte(name, monkeypatch):
 
     def held(shapes):
         return sum(
-            math.prod(s.shape) * s.dtype.itemsize
+            math.prod(s.shape)
+            * s.dtype.itemsize
             // math.prod(job.sizes[axis] for axis in axes_of(s.sharding.spec))
             for s in shapes
         )
