@@ -1,4 +1,4 @@
-"""Plans of pipelines: slots and rings exact, step times as the table's simulation, compiled bytes."""
+"""Plans of pipelines: slots and rings exact, step times as simulated, compiled bytes."""
 
 from __future__ import annotations
 
