@@ -111,7 +111,7 @@ def _pipeline(figures: dict[str, Any] | None) -> list[str]:
     return [
         "",
         f"pipeline: {figures['schedule']}: {stages}; {table}",
-        f"  the stage with most work waits {waits} in ticks (lockstep); by themselves (ideal), {alone}",
+        f"  the fullest stage waits {waits} in ticks (lockstep); by themselves (ideal), {alone}",
         f"  slots on every stage: {kept}",
         f"  memory is the same on all stages, one program; it is decided by {figures['decides']}",
     ]
