@@ -118,6 +118,7 @@ def main() -> None:
 
 def counted(compiled: Compiled, job: Job, target: Target) -> dict[str, Any]:
     """What the program's text says: components and buffers at the peak, costs, and the roofline."""
+    from memory.conditions import collectives_in_branches, conditions
     from memory.hlo import parse
     from memory.hlo_costs import count
     from memory.liveness import live_at_peak
@@ -145,6 +146,11 @@ def counted(compiled: Compiled, job: Job, target: Target) -> dict[str, Any]:
         "flops": counts.flops,
         "bytes_moved": counts.bytes_moved,
         "collectives": [vars(collective) for collective in counts.collectives],
+        "conditions": len(list(conditions(module))),
+        "in_branches": [
+            {"kind": kind, "axis": axis, "instructions": n}
+            for (kind, axis), n in sorted(collectives_in_branches(module, job.sizes).items())
+        ],
     } | counted_time(job, target, counts).grade()
 
 

@@ -1,6 +1,7 @@
 """Drawings of pipeline schedules: what every stage does, over time, as text, SVG, HTML and PNG.
 
-Command: python -m memory.timeline --stages=4 --microbatches=8 --out=docs/pipeline [--png]
+Commands: python -m memory.timeline --stages=4 --microbatches=8 --out=docs/pipeline [--png]
+          python -m memory.timeline --bubbles 4x8 4x16 8x24 8x64
 
 Writes NAME.svg (with --png NAME.png, which wants the dev extra) for every schedule and form, and
 prints each as text and the table of all their figures. A drawing has two panels with one scale of
@@ -67,6 +68,24 @@ def figures(schedules: Iterable[Schedule], costs: Costs = UNIT) -> str:
             _list(slots(schedule).counts["residual"]),
         ]
         lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def bubbles(sizes: Sequence[tuple[int, int]], costs: Costs = UNIT) -> str:
+    """A Markdown table for several (stages, micro-batches): bubbles in ideal and in lockstep.
+
+    In parentheses the most micro-batches that a stage has in flight, from F to W.
+    """
+    lines = ["| schedule |" + "".join(f" p {p}, m {m} |" for p, m in sizes)]
+    lines.append("| --- |" + " --- |" * len(sizes))
+    for name, forms in FORMS.items():
+        for form in forms:
+            made = [make_schedule(name, p, m, form=form) for p, m in sizes]
+            cells = [
+                f"{ideal(s, costs).bubble:g}, {lockstep(s, costs).bubble:g} ({max(in_flight(s)):g})"
+                for s in made
+            ]
+            lines.append(f"| {made[0].name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -230,7 +249,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--chunks", type=int, help="of a stage, in the interleaved schedule")
     parser.add_argument("--out", type=Path, help="folder for the drawings; none: text only")
     parser.add_argument("--png", action="store_true", help="PNG files beside the SVG ones")
+    parser.add_argument(
+        "--bubbles", nargs="+", metavar="PxM", help="one table for these stages and micro-batches"
+    )
     flags = parser.parse_args(arguments)
+    if flags.bubbles:
+        try:
+            sizes = [(int(p), int(m)) for p, m in (size.split("x") for size in flags.bubbles)]
+        except ValueError:
+            parser.error(f"--bubbles={' '.join(flags.bubbles)}: write 4x8 for p 4 and m 8")
+        print(bubbles(sizes), end="")
+        return
     if flags.png and not flags.out:
         parser.error("--png wants --out=FOLDER")
     made = []

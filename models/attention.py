@@ -169,18 +169,16 @@ def _cudnn(
             implementation="cudnn",
         )
 
-    # On each device by itself: its heads, and the key and value heads that they look at.
+    # On each device by itself. Key and value heads that are fewer than the parts are whole on every
+    # device (`parallel.rules`), whose query heads then all look at one of them.
     heads = jax.typeof(q_BTNH).sharding.spec[2]
-    divided = heads is not None and jax.typeof(k_BSKH).sharding.spec[2] is None
+    whole = heads is not None and jax.typeof(k_BSKH).sharding.spec[2] is None
     group = q_BTNH.shape[2] // k_BSKH.shape[2]
 
     def local(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-        if divided:
-            first = jax.lax.axis_index(heads) * q.shape[2]
-            used = (first + jnp.arange(q.shape[2])) // group
-            used = used[::group] if q.shape[2] % group == 0 else used
-            used = used[:1] if group % q.shape[2] == 0 else used
-            k, v = (jnp.take(x, used, axis=2) for x in (k, v))
+        if whole:
+            one = jax.lax.axis_index(heads) * q.shape[2] // group
+            k, v = (jax.lax.dynamic_slice_in_dim(x, one, 1, axis=2) for x in (k, v))
         return island(q, k, v, bias)
 
     mesh = jax.sharding.get_abstract_mesh()

@@ -132,6 +132,9 @@ class Stage:
 
         `table` holds this stage's columns.
         """
+        # The columns say when it is sent; it is written in the next tick.
+        late = lambda slot: jnp.concatenate([jnp.full_like(slot[:1], -1), slot[:-1]])
+        table = table | {"transfers": [late(slot) for slot in table["transfers"]]}
         return lax.scan(self.tick, self.start(), table)
 
     # --- The parts of the model, as functions of what is differentiated ----------------------
@@ -200,6 +203,7 @@ class Stage:
             "pending": self.chunks.pending(capacity("pending")) if capacity("pending") else [],
             "own": [zeros(a) for a in self.arrays.own],
             "outside": [zeros(a) for a in self.arrays.outside],
+            "sent": [self.nothing() for _ in self.program.transfers],
             "sums": jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums),
         }
 
@@ -239,16 +243,17 @@ class Stage:
 
     def forward_from_input(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array]:
         """F that keeps the first chunk's input; the others' came to where it stays."""
-        ring = when(
+        x_BTD = lax.cond(
             row["position"] == 0,
-            lambda ring: _put(ring, self.embed(self.arrays.outside, row), row["input"]),
-            carry["input"],
+            lambda: self.embed(self.arrays.outside, row),
+            lambda: _take(carry["input"], row["input"]),
         )
+        ring = _put(carry["input"], x_BTD, row["input"])
         # The last chunk computes its loss where it computes the gradient, from its input.
         y_BTD = lax.cond(
             row["position"] == self.last,
             self.nothing,
-            lambda: self.chunks.forward(row, _take(ring, row["input"]), [], row["input"])[0],
+            lambda: self.chunks.forward(row, x_BTD, [], row["input"])[0],
         )
         return carry | {"input": ring}, y_BTD
 
@@ -365,20 +370,30 @@ class Stage:
         )
 
     def tick(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array]:
-        """F, B and W, then what is sent arrives."""
+        """What was sent in the last tick arrives; F, B and W; what they give is sent.
+
+        Written at the start, after which the rings are only read in turn: a write at the end would
+        not be ordered after B's reading by data, and the compiler would copy the ring whole.
+        """
+        for transfer, slot, value in zip(
+            self.program.transfers, row["transfers"], carry["sent"], strict=True
+        ):
+            buffer = "input" if transfer.kind == "F" else "cotangent"
+            place = jnp.maximum(slot, 0)
+            kept = jnp.where(slot >= 0, value, _take(carry[buffer], place))
+            carry = carry | {buffer: _put(carry[buffer], kept, place)}
         carry, y_BTD, forward = self.run_forward(carry, row["F"])
         carry, dx_BTD, backward, weight = self.run_backward(carry, row["B"], row["fused"])
         if self.apart:
             carry, later = self.run_weight(carry, row["W"], row["fused"])
             weight = weight + later
-        for transfer, slot in zip(self.program.transfers, row["transfers"], strict=True):
-            buffer, value = ("input", y_BTD) if transfer.kind == "F" else ("cotangent", dx_BTD)
+        sent = []
+        for transfer in self.program.transfers:
+            value = y_BTD if transfer.kind == "F" else dx_BTD
             if any(source != target for source, target in transfer.pairs):
                 value = lax.ppermute(value, PIPE, transfer.pairs)
-            place = jnp.maximum(slot, 0)
-            kept = jnp.where(slot >= 0, value, _take(carry[buffer], place))
-            carry = carry | {buffer: _put(carry[buffer], kept, place)}
-        return carry, jnp.stack([forward, backward, weight])
+            sent.append(value)
+        return carry | {"sent": sent}, jnp.stack([forward, backward, weight])
 
 
 def _take(array: jax.Array, index: jax.Array) -> jax.Array:

@@ -96,3 +96,20 @@ def test_what_cannot_be_drawn_is_one_line(capsys):
     with pytest.raises(SystemExit):
         timeline.main(["--png"])
     assert "--png wants --out=FOLDER" in capsys.readouterr().err
+
+
+def test_the_bubbles_of_the_docs_are_of_this_code():
+    text = (DOCS.parent / "pipeline.md").read_text()
+    shown = text.split("<!-- bubbles -->\n")[1].split("<!-- /bubbles -->")[0]
+    assert shown == timeline.bubbles([(4, 8), (4, 16), (8, 24), (8, 64)])
+
+
+def test_the_docs_show_every_drawing():
+    text = (DOCS.parent / "pipeline.md").read_text()
+    assert [f for f in DOCS.iterdir() if f"(pipeline/{f.name})" not in text] == []
+
+
+def test_sizes_of_bubbles_that_cannot_be_read_are_one_clear_line(capsys):
+    with pytest.raises(SystemExit):
+        timeline.main(["--bubbles", "4-8"])
+    assert "--bubbles=4-8: write 4x8 for p 4 and m 8" in capsys.readouterr().err

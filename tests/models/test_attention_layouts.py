@@ -61,6 +61,38 @@ def test_meshes_compute_the_same(use_mesh, form, rate):
         assert_near(run(sizes), want, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tensor"), [(8, 2, 2), (8, 2, 4), (8, 2, 8), (8, 1, 4)]
+)
+def test_each_device_hands_cudnn_the_keys_of_its_heads(
+    use_mesh, monkeypatch, heads, kv_heads, tensor
+):
+    """But for the first case, key and value heads are whole on every device."""
+    kernel = jax.nn.dot_product_attention
+
+    def of_xla(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return kernel(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", of_xla)
+    monkeypatch.setattr("models.attention._not_for_cudnn", lambda *_: None)
+    shape = {"batch": 2, "heads": heads, "kv_heads": kv_heads}
+    q, k, v, do = inputs(**shape)
+    rules = rules_for(**shape, tensor=tensor)
+
+    def run(implementation):
+        return with_gradients(Mask(segments=True), rules, implementation=implementation)(
+            *(jax.device_put(x, spec) for x, spec in zip((q, k, v, do), specs, strict=True)),
+            MaskArrays(SEGMENTS, SEGMENTS),
+        )
+
+    q_spec = rules.spec("batch seq act_heads head_dim")
+    k_spec = rules.spec("batch seq act_kv_heads head_dim")
+    specs = (q_spec, k_spec, k_spec, q_spec)
+    with use_mesh(tensor=tensor):
+        assert_near(run("cudnn"), run("xla"), 1e-5)  # sums of other lengths
+
+
 SAVED = {
     "xla": ("query", "key", "value", "attention_probs"),
     "rows": ("query", "key", "value", "attention_out", "attention_lse"),

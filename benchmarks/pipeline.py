@@ -1,0 +1,262 @@
+"""The pipeline's executor: against GPipe by autodiff, its memory, its ticks, real compilers.
+
+    python benchmarks/pipeline.py --part=autodiff --rounds=7
+    python benchmarks/pipeline.py --part=growth
+    python benchmarks/pipeline.py --part=ticks --rounds=15
+    python benchmarks/pipeline.py --part=axes --rounds=7
+    python benchmarks/pipeline.py --part=real       # extras gpu-target and tpu-target
+
+autodiff: temporaries and seconds of loss and gradients, 1F1B against `autodiff_pipeline.py`, four
+simulated devices, 16 and 32 micro-batches; of its two ways to compute layers again, both.
+
+growth: temporaries of every schedule and form by micro-batches, with the table's slots.
+
+ticks: two stages on two simulated devices of one core each, against the simulator's lockstep time
+with the costs of F, B and W as one stage alone has them in a loop. Wants two idle cores.
+
+axes: the same model on four devices by pipe, fsdp or tensor.
+
+real: Llama 3 8B, pipe 4 x fsdp 8 x tensor 2, compiled for 64 H100 and 64 TPU v5p: memory by
+schedule, and the axes of what communicates inside conditionals.
+
+Each writes its part of benchmarks/results/pipeline.json. Variants take turns in one process; read
+ratios, not seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+RESULT = ROOT / "benchmarks" / "results" / "pipeline.json"
+# The sizes are those of the optimised program; only its machine code is worse.
+CHEAP = "--xla_backend_optimization_level=0"
+ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
+# Part -> simulated devices, flags of XLA.
+SETTING = {"autodiff": (4, ""), "growth": (4, CHEAP), "ticks": (2, ONE_CORE), "axes": (4, "")}
+TARGETS = ("gpu:h100:8x8", "tpu:v5p:4x4x4")
+Rows = Iterator[dict[str, Any]]
+
+
+def autodiff(rounds: int) -> Rows:
+    """1F1B and both forms of the other, by rematerialisation and micro-batches."""
+    from autodiff_pipeline import loss_and_grads
+    from staged import Program, busy, ours, ratio, staged, take_turns
+
+    from training.objectives import causal_lm
+
+    def theirs(*, stages: bool, layers: bool) -> Callable[..., Any]:
+        def make(model: Any, e: Any) -> Any:
+            policy = type(e.remat)(policy="full" if layers else "none")
+            plain = causal_lm(e.model, e.loss, e.rules(), policy)
+            return loss_and_grads(plain, e.precision, e.micro_steps, full=stages)
+
+        return make
+
+    makes: dict[str, dict[str, Callable[..., Any]]] = {
+        "none": {"1f1b": ours, "autodiff": theirs(stages=False, layers=False)},
+        "full": {
+            "1f1b": ours,
+            "autodiff": theirs(stages=True, layers=False),
+            "autodiff, layers": theirs(stages=False, layers=True),
+        },
+    }
+    for microbatches in (16, 32):
+        for remat, variants in makes.items():
+            experiment = staged({"pipe": 4}, microbatches, remat__policy=remat)
+            programs = {name: Program(experiment, make) for name, make in variants.items()}
+            loss = [float(program.run()[0]["loss"]) for program in programs.values()]
+            assert max(loss) - min(loss) <= 1e-5 * loss[0], loss
+            seconds = take_turns({n: p.run for n, p in programs.items()}, rounds)
+            for name, program in programs.items():
+                yield {
+                    "variant": name,
+                    "remat": remat,
+                    "microbatches": microbatches,
+                    "temporary_mib": mib(program.temporaries),
+                    "memory_ratio": round(programs["1f1b"].temporaries / program.temporaries, 4),
+                    "median_seconds": round(statistics.median(seconds[name]), 4),
+                    "time_ratio": round(ratio(seconds["1f1b"], seconds[name]), 4),
+                    "rounds": rounds,
+                    "load": round(busy(), 1),
+                }
+
+
+def growth(_: int) -> Rows:
+    """Every schedule in every form; two stages hold as much of 4 micro-batches as of 32."""
+    from staged import Program, kept, staged
+
+    from parallel.schedule_kinds import FORMS, make_schedule
+    from parallel.schedule_slots import slots
+
+    for stages, counts in ((2, (4, 32)), (4, (8, 32))):
+        for name, forms in FORMS.items():
+            for form in forms:
+                for remat in ("none", "full"):
+                    for microbatches in counts:
+                        table = make_schedule(name, stages, microbatches, form=form)
+                        pipeline: dict[str, Any] = {
+                            "pipeline__schedule": name,
+                            "pipeline__form": form,
+                        }
+                        experiment = staged(
+                            {"pipe": stages}, microbatches, remat__policy=remat, **pipeline
+                        )
+                        found = slots(table, kept(remat))
+                        yield {
+                            "schedule": table.name,
+                            "remat": remat,
+                            "stages": stages,
+                            "microbatches": microbatches,
+                            "temporary_mib": mib(Program(experiment).temporaries),
+                            "slots": {name: list(n) for name, n in found.counts.items()},
+                        }
+
+
+def ticks(rounds: int) -> Rows:
+    """Seconds of a step over the simulator's, for tables with F, B and W together and apart."""
+    from stage_costs import stage_costs
+    from staged import Program, busy, staged, take_turns
+
+    from parallel.schedule_costs import lockstep
+    from parallel.schedule_kinds import Form, make_schedule
+
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    microbatches = 16
+    tables: tuple[tuple[str, Form], ...]
+    tables = ("1f1b", "wide"), ("1f1b", "lean"), ("gpipe", "wide"), ("zb_h1", "wide")
+    for remat in ("none", "full"):
+        alone = stage_costs(staged({"pipe": 2}, microbatches, 4, remat__policy=remat))
+        programs = {}
+        for name, form in tables:
+            pipeline: dict[str, Any] = {"pipeline__schedule": name, "pipeline__form": form}
+            experiment = staged({"pipe": 2}, microbatches, 4, remat__policy=remat, **pipeline)
+            programs[name, form] = Program(experiment)
+        runs = {" ".join(key): program.run for key, program in programs.items()}
+        seconds = take_turns(runs | alone.runs, rounds)
+        for name, form in programs:
+            table = make_schedule(name, 2, microbatches, form=form)
+            # Of each round, in which a busy neighbour slows all.
+            over = [
+                seconds[f"{name} {form}"][n] / lockstep(table, alone.costs(seconds, n)).time
+                for n in range(rounds)
+            ]
+            median = {key: [statistics.median(times)] for key, times in seconds.items()}
+            costs = alone.costs(median, 0)
+            yield {
+                "schedule": table.name,
+                "remat": remat,
+                "microbatches": microbatches,
+                "median_seconds": round(median[f"{name} {form}"][0], 4),
+                "predicted_seconds": round(lockstep(table, costs).time, 4),
+                "ratio": round(statistics.median(over), 4),
+                "costs": vars(costs),
+                "rounds": rounds,
+                "load": round(busy(), 1),
+            }
+
+
+def axes(rounds: int) -> Rows:
+    """The same model and micro-batches by one axis of the mesh each."""
+    from staged import Program, busy, ratio, staged, take_turns
+
+    meshes: dict[str, dict[str, int]] = {
+        "pipe": {"pipe": 4},
+        "fsdp": {"fsdp": 4},
+        "tensor": {"tensor": 4},
+    }
+    for remat in ("none", "full"):
+        programs = {n: Program(staged(m, 16, remat__policy=remat)) for n, m in meshes.items()}
+        seconds = take_turns({n: p.run for n, p in programs.items()}, rounds)
+        for name, program in programs.items():
+            yield {
+                "axis": name,
+                "remat": remat,
+                "temporary_mib": mib(program.temporaries),
+                "argument_mib": mib(program.arguments),
+                "median_seconds": round(statistics.median(seconds[name]), 4),
+                "time_ratio": round(ratio(seconds["pipe"], seconds[name]), 4),
+                "rounds": rounds,
+                "load": round(busy(), 1),
+            }
+
+
+def real(_: int) -> Rows:
+    """Llama 3 8B for real compilers; 16 micro-batches of 8 rows of 4096 tokens."""
+    from compile_for import compile_for
+    from config_border import load_config, override
+    from config_types import plain
+    from parallel.schedule_kinds import FORMS
+    from parallel.targets import parse_target
+
+    shape = {
+        "mesh.data": 1,
+        "mesh.pipe": 4,
+        "mesh.fsdp": 8,
+        "mesh.tensor": 2,
+        "data.sequence_length": 4096,
+        "data.batch_size": 128,
+        "pipeline.microbatches": 16,
+        "remat.policy": "full",
+    }
+    cells = [
+        (name, form) for name in ("1f1b", "interleaved", "zb_h1", "gpipe") for form in FORMS[name]
+    ]
+    row: dict[str, Any]
+    for target in map(parse_target, TARGETS):
+        for name, form in cells:
+            keys = shape | {"pipeline.schedule": name, "pipeline.form": form}
+            flags = [f"--config.{key}={value}" for key, value in keys.items()]
+            config = override(load_config(str(ROOT / "configs" / "llama3_8b.py")), flags)
+            answer = compile_for(plain(config), target)
+            names = (
+                *("status", "error", "total_bytes", "arguments", "temporaries"),
+                *("compile_seconds", "conditions", "in_branches"),
+            )
+            row = {"target": target.name, "schedule": name, "form": form}
+            row |= {key: answer.get(key) for key in names}
+            for found in answer.get("in_branches", ()):
+                assert "pipe" not in found["axis"].split("+"), (row, found)
+            yield row
+
+
+def mib(size: int) -> float:
+    return round(size / 2**20, 2)
+
+
+def main() -> None:
+    """One part, in this process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = {"autodiff": autodiff, "growth": growth, "ticks": ticks, "axes": axes, "real": real}
+    parser.add_argument("--part", choices=tuple(parts), required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    devices, xla = SETTING.get(options.part, (1, ""))
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla}"
+    import jax
+
+    rows = []
+    for row in parts[options.part](options.rounds):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        result[options.part] = {"jax": jax.__version__, "rows": rows}
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    from parallel.huge_pages import use_huge_pages
+
+    use_huge_pages()
+    main()

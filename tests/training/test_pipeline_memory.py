@@ -1,0 +1,204 @@
+"""What a pipeline holds: compiled bytes, and how often each stage really computes.
+
+The model and its sizes are those of `benchmarks/staged.py`, as published in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compile_for
+from benchmarks import autodiff_pipeline
+from benchmarks.staged import ROWS, Program, kept, staged
+from config_border import load_config, override
+from config_types import plain
+from parallel.pipeline import PipelineConfig
+from parallel.precision import PrecisionConfig
+from parallel.schedule import KINDS
+from parallel.schedule_kinds import FORMS, make_schedule
+from parallel.schedule_slots import slots
+from parallel.targets import parse_target
+from tests.small import DECODER, initial_params, layout
+from training import pipelined
+from training.step import loss_and_grads
+
+TABLES = [(name, form) for name, forms in FORMS.items() for form in forms]
+TOLERANCE = 1e-5  # as of other layouts, `tests/training/test_layouts.py`
+GROWTH = 1.02
+CLOSE = 0.05  # of in-flight bytes: the rest of a program differs a little with its table, too
+TOKENS, D = ROWS * 128, 128
+
+
+@functools.cache
+def program(schedule="1f1b", form="wide", *, stages=2, microbatches=4, remat="none") -> Program:
+    pipeline = dict(pipeline__schedule=schedule, pipeline__form=form)
+    return Program(staged({"pipe": stages}, microbatches, remat__policy=remat, **pipeline))
+
+
+# --- What is computed -----------------------------------------------------------------------------
+
+
+DEEP = replace(DECODER, layers=4, dropout=0.0)
+
+
+def run_small(make, **kind):
+    """(sums, gradients) of `make(model)` as NumPy."""
+    with layout(config=DEEP, **kind) as laid:
+        given = laid.params(initial_params(DEEP)), laid.batch(), None, jnp.float32(1)
+        return jax.tree.map(np.asarray, jax.jit(make(laid.model))(*given))
+
+
+def norm(tree) -> float:
+    return float(
+        np.sqrt(sum(np.sum(np.square(a, dtype=np.float64)) for a in jax.tree.leaves(tree)))
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True], ids=["none", "full"])
+def test_1f1b_and_gpipe_by_autodiff_have_the_same_gradients(full):
+    def theirs(model):
+        return autodiff_pipeline.loss_and_grads(model, PrecisionConfig(), 4, full=full)
+
+    def ours(model):
+        return loss_and_grads(model, PrecisionConfig(), 4)
+
+    pipeline = PipelineConfig(microbatches=4)
+    remat = "full" if full else "none"
+    want, got = (run_small(make, pipe=2, pipeline=pipeline, remat=remat) for make in (theirs, ours))
+    assert got[0].keys() == want[0].keys()
+    np.testing.assert_allclose(got[0]["loss"], want[0]["loss"], rtol=TOLERANCE)
+    floor = 1e-3 * norm(want[1])
+    for g, w in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+        assert norm(g - w) <= TOLERANCE * max(norm(w), floor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "form"), TABLES)
+def test_what_really_ran_is_the_table(schedule, form, monkeypatch):
+    def counted(*args, run=pipelined.run_pipeline):
+        (total, aux), grads, ran = run(*args)
+        return (total, aux | {"ran": ran.astype(jnp.float32)}), grads, ran
+
+    monkeypatch.setattr(pipelined, "run_pipeline", counted)
+    pipeline = PipelineConfig(schedule=schedule, form=form, microbatches=4)
+
+    def ours(model):
+        return loss_and_grads(model, PrecisionConfig(), 4)
+
+    ran = run_small(ours, pipe=2, pipeline=pipeline, remat="full")[0]["ran"]
+    table = make_schedule(schedule, 2, 4, form=form)
+    want = np.zeros((len(table.ticks), 2, len(KINDS)))
+    for tick, stage, action in table.actions():
+        want[tick, stage, KINDS.index(action.kind)] = 1
+    np.testing.assert_array_equal(ran, want)
+
+
+@pytest.mark.slow
+def test_the_schedule_of_ones_own_in_the_docs_runs():
+    text = (Path(__file__).parents[2] / "docs" / "pipeline.md").read_text()
+    code = text.split("<!-- own -->\n```python\n")[1].split("```")[0]
+    names = {"__name__": __name__}  # where a dataclass looks for its types
+    exec(code, names)
+
+    def ours(model):
+        return loss_and_grads(model, PrecisionConfig(), 4)
+
+    own, usual = names["Ahead"](microbatches=4, most=2), PipelineConfig(microbatches=4)
+    assert slots(own.table(2)).counts["residual"] == (2, 1)
+    assert slots(usual.table(2)).counts["residual"] == (3, 1)
+    got, want = (run_small(ours, pipe=2, pipeline=p, remat="full") for p in (own, usual))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert norm(g - w) <= TOLERANCE * max(norm(w), 1e-3 * norm(want[1]))
+
+
+# --- What is held ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_h1"])
+def test_memory_does_not_grow_with_micro_batches(schedule, remat):
+    few, many = (program(schedule, microbatches=m, remat=remat).temporaries for m in (4, 32))
+    assert many <= GROWTH * few
+
+
+@pytest.mark.slow
+def test_in_flight_bytes_are_those_of_the_tables_slots():
+    """A slot costs the same whichever table has it; one that keeps inputs costs their bytes."""
+    cells = [("1f1b", "lean"), ("1f1b", "wide"), ("gpipe", "wide")]
+    for remat, buffer in (("none", "residual"), ("full", "input")):
+        made = {}
+        for name, form in cells:
+            table = make_schedule(name, 4, 8, form=form)
+            count = slots(table, kept(remat)).capacity(buffer)
+            made[count] = program(name, form, stages=4, microbatches=8, remat=remat).temporaries
+        (lean, a), (wide, b), (all_, c) = sorted(made.items())
+        assert (lean, wide, all_) == (4, 7, 8)
+        each = (b - a) / (wide - lean)
+        assert each * (all_ - lean) == pytest.approx(c - a, rel=CLOSE)
+        if remat == "full":
+            assert each == pytest.approx(TOKENS * D * 4, rel=CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [2, 4])
+def test_a_stage_is_given_its_part_of_every_table_and_its_layers_alone(stages):
+    made = program(stages=stages, microbatches=8)
+    params, batch, *_ = made.inputs(abstract=True)
+    held = sum(a.size * a.dtype.itemsize for a in batch.values())
+    for array in jax.tree.leaves(params):
+        part = array.sharding.shard_shape(array.shape)
+        if array.ndim > 1:  # all but the gain of the last norm
+            assert math.prod(part) * stages == array.size
+        held += math.prod(part) * array.dtype.itemsize
+    assert 0 <= made.arguments - held < 64  # key and loss scale
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_no_gradient_of_weights_is_kept_by_micro_batch(schedule):
+    microbatches = 13  # no dim of the model
+    made = program(schedule, stages=4, microbatches=microbatches)
+    shapes = {
+        tuple(int(n) for n in dims.split(","))
+        for dims in re.findall(r"\bf32\[([\d,]+)\]", made.compiled.as_text())
+    }
+    weights = jax.tree.leaves(made.inputs(abstract=True)[0])
+    own = {a.shape[1:] for a in weights if a.ndim > 2}  # of one layer's matrices
+    table = make_schedule(schedule, 4, microbatches)
+    assert any(shape[0] == 7 for shape in shapes)  # the rings of 2p - 1 slots are read
+    for shape in shapes:
+        if shape[0] in (microbatches, len(table.ticks)):
+            assert not any(shape[-len(w) :] == w for w in own), shape
+
+
+# --- The compilers of real devices ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpu:h100:1x8", "tpu:v5e:2x4"])
+def test_behind_a_condition_only_members_of_one_stage_communicate(name, monkeypatch, tmp_path):
+    target = parse_target(name)
+    try:
+        target.check_compiler()
+    except ValueError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keys = ("mesh.data=1", "mesh.pipe=2", "mesh.fsdp=2", "mesh.tensor=2", "pipeline.schedule=zb_h1")
+    config = override(load_config("configs/tiny.py"), [f"--config.{key}" for key in keys])
+    answer = compile_for.compile_for(plain(config), target)
+    assert answer["status"] == "ok", answer["error"]
+    assert answer["conditions"] >= 3  # F, B and W
+    axes = {collective["axis"] for collective in answer["in_branches"]}
+    assert axes >= {"fsdp", "tensor"}
+    assert axes <= {"fsdp", "tensor", "fsdp+tensor"}
