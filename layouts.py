@@ -92,7 +92,6 @@ def staged(
     model = config.model
     periods = model.layers // len(model.pattern)
     own = plain(config.remat)
-    policies = remats(remat_choices(own, host_memory=False))
     meshes = staged_meshes(
         target.device_count,
         config.data.batch_size,

@@ -1,4 +1,4 @@
-"""A plan's pipeline for people: schedule, stages, slots, bubble, and the drawing of its timeline."""
+"""A plan's pipeline for people: schedule, stages, slots, bubble, and a drawing of its timeline."""
 
 from __future__ import annotations
 

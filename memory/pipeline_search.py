@@ -1,11 +1,11 @@
 """Which pipelines a search looks at: the stages, and for each the schedules worth a prediction.
 
 Stages times schedules times micro-batches times everything else would be too many to predict. So
-what hardly ever pays is left out: gpipe (1f1b waits as long and keeps less), ZeRO level 1 (a stage's
-sums of gradients are float32), an undivided residual stream beside `tensor`, micro-batches of more
-than two rows. All schedules are looked at only for the `promising` meshes and policies, which one
-schedule tells. And of each number of stages those layouts are kept than which none is both faster
-and smaller: `front`.
+what hardly ever pays is left out: gpipe (1f1b waits as long and keeps less), ZeRO level 1 (a
+stage's sums of gradients are float32), an undivided residual stream beside `tensor`, micro-batches
+of more than two rows. All schedules are looked at only for the `promising` meshes and policies,
+which one schedule tells. And of each number of stages those layouts are kept than which none is
+both faster and smaller: `front`.
 """
 
 from __future__ import annotations
@@ -105,5 +105,5 @@ def front(items: Iterable[tuple[float, float, Item]]) -> list[Item]:
 
 
 def remats(choices: Sequence[Overrides]) -> list[Overrides]:
-    """Those of `memory.search.remat_choices` that a stage can run: what it keeps is on the device."""
+    """Those of `memory.search.remat_choices` that keep all on the device, as stages do."""
     return [choice for choice in choices if not choice.get("config.remat.offload")]

@@ -102,13 +102,16 @@ def _pipeline(figures: dict[str, Any] | None) -> list[str]:
     if len(set(figures["layers"])) == 1:
         layers = f"{figures['layers'][0]} each"
     kept = ", ".join(f"{count} x {name}" for name, count in figures["slots"].items())
+    stages = f"{figures['stages']} stages, layers of chunks {layers}"
+    table = f"{figures['microbatches']} micro-batches in {figures['ticks']} ticks"
+    waits, alone = (
+        f"{figures[f'bubble_{way}']:.1%} of {_seconds(figures[f'seconds_{way}'])}"
+        for way in ("lockstep", "ideal")
+    )
     return [
         "",
-        f"pipeline: {figures['schedule']}: {figures['stages']} stages, layers of chunks {layers}; "
-        f"{figures['microbatches']} micro-batches in {figures['ticks']} ticks",
-        f"  the stage with most work waits {figures['bubble_lockstep']:.1%} of "
-        f"{_seconds(figures['seconds_lockstep'])} in ticks (lockstep); stages by themselves (ideal) "
-        f"would {figures['bubble_ideal']:.1%} of {_seconds(figures['seconds_ideal'])}",
+        f"pipeline: {figures['schedule']}: {stages}; {table}",
+        f"  the fullest stage waits {waits} in ticks (lockstep); by themselves (ideal), {alone}",
         f"  slots on every stage: {kept}",
         f"  memory is the same on all stages, one program; it is decided by {figures['decides']}",
     ]

@@ -63,8 +63,8 @@ def counted_time(job: Job, target: Target, counts: Counts) -> StepTime:
     """The same roofline of the work that the compiled step of `job` holds.
 
     What is moved to the host is as predicted: the program's copies do not say what waits for them.
-    Of a pipeline, `counts` are one stage's (`memory/branches.py`), and the bubble is as predicted in
-    proportion to what a stage does in its ticks.
+    Of a pipeline, `counts` are one stage's (`memory/branches.py`), and the bubble is the predicted
+    one in proportion to what a stage does.
     """
     ceilings, chip = CEILINGS[target.chip.kind], target.chip
     peak = chip.flops(job.precision.compute)

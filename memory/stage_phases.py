@@ -38,8 +38,7 @@ def stage_phases(stages: Stages, k: Constants) -> dict[str, Parts]:
         | streams
         | loss_head(terms, k)
         | {
-            "gradients of embedding and head": terms.laid_out(terms.weights[1], "in_stage")
-            * terms.item,
+            "gradient of the head": stages.head_gradient,
             "hidden states": int(k.loss_narrow * terms.narrow),
         },
         "embedding": always

@@ -146,7 +146,7 @@ class Actions:
         """Once a step: tables to all stages and back, layers to where they are run, the update."""
         job, stages = self.job, self.stages
         terms = stages.terms
-        stacked, outside = terms.weights
+        _, outside = terms.weights
         arrive = terms.laid_out(outside, "in_model") * terms.item
         pipe = self._moved(PIPE, arrive, 1) + self._moved(PIPE, stages.outside_sums, 2)
         if stages.moved:

@@ -91,6 +91,11 @@ class Stages:
         return self._outside("in_stage") * self.accumulate
 
     @property
+    def head_gradient(self) -> int:
+        """The gradient of the head's table, before it is added to the sums."""
+        return self.terms.laid_out(self.terms.weights[1][:1], "in_stage") * self.terms.item
+
+    @property
     def at_rest_gradients(self) -> int:
         """What the update is given."""
         stacked, outside = self.terms.weights

@@ -72,7 +72,7 @@ class StepTime:
 
 
 def exposed(communication: Mapping[str, float], hidden: float) -> dict[str, float]:
-    """What is waited for of each axis' collectives, `hidden` seconds of work running beside them."""
+    """What is waited for of collectives, by axis; `hidden` seconds of work run beside them."""
     waits = {}
     for axis, seconds in communication.items():
         if WAITED.intersection(axis.split("+")):

@@ -1,4 +1,4 @@
-"""Figures of a pipeline's table that memory and time follow from: slots, and ticks by what is in them.
+"""Figures of a pipeline's table that memory and time follow from: slots, and ticks by content.
 
 A table in Python takes a second where there are hundreds of micro-batches, and a search asks for
 thousands. So figures are kept, and a long table's are those of two short ones: in the middle every
@@ -20,8 +20,8 @@ from parallel.schedule_kinds import make_schedule
 from parallel.schedule_program import make_program
 from parallel.schedule_slots import BUFFERS, Kept
 
-# Fill and drain are over after so many rounds of `stages` micro-batches. In zb_h1's lean form W's pile
-# up one a round, until as many wait as may.
+# Fill and drain are over after so many rounds of `stages` micro-batches. In zb_h1's lean form W's
+# pile up one a round, until as many wait as may.
 ROUNDS = 4
 SLOW = ("zb_h1", "lean")
 # A cell: for F, for B with its W, for B and for W alone the chunk, -1 where there is none.

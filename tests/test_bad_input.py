@@ -144,7 +144,6 @@ BAD_KEYS = {
         "config.pipeline.microbatches",
     ),
     "mesh.pipe=2 optimizer.offload=true": ("config.optimizer.offload", "config.mesh.pipe = 2"),
-    "mesh.pipe=2 layout=auto": ("config.layout = 'auto'", "config.mesh.pipe = 2"),
     "mesh.pipe=2 parallel.rules={'embed': ['pipe']}": ("config.parallel.rules.embed", "pipe"),
     "mesh.tensor=8 model.heads=4 model.kv_heads=4": (
         "config.model.heads = 4",
