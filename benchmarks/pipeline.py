@@ -130,7 +130,6 @@ def ticks(rounds: int) -> Rows:
     from parallel.schedule_costs import lockstep
     from parallel.schedule_kinds import Form, make_schedule
 
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     microbatches = 16
     tables: tuple[tuple[str, Form], ...]
     tables = ("1f1b", "wide"), ("1f1b", "lean"), ("gpipe", "wide"), ("zb_h1", "wide")
@@ -243,7 +242,7 @@ def main() -> None:
     devices, xla = SETTING.get(options.part, (1, ""))
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla}".strip()
     import jax
 
     rows = []
