@@ -163,6 +163,8 @@ class Experiment:
             notes.append(
                 "config.optimizer.offload has no effect: XLA:CPU keeps everything in host memory"
             )
+        if self.staged and self.model.unroll > 1:
+            notes.append("config.model.unroll has no effect: config.mesh.pipe is not 1")
         if self.precision.accumulate != "float32" and self.micro_steps == 1 and not self.staged:
             notes.append(
                 "config.precision.accumulate has no effect: config.train.grad_accumulation is 1"
@@ -233,6 +235,12 @@ def check_pipeline(experiment: Experiment) -> None:
         raise ValueError(
             f"config.optimizer.offload = True: not built for config.mesh.pipe = "
             f"{experiment.mesh.pipe}; set it to False, or the pipe axis to 1"
+        )
+    if experiment.remat.offload:  # rings are on the device
+        raise ValueError(
+            f"config.remat.offload = {list(experiment.remat.offload)}: not built for "
+            f"config.mesh.pipe = {experiment.mesh.pipe}; name them in config.remat.save, or set "
+            f"the pipe axis to 1"
         )
 
 

@@ -143,6 +143,10 @@ BAD_KEYS = {
         "config.train.grad_accumulation = 2",
         "config.pipeline.microbatches",
     ),
+    "mesh.pipe=2 remat.policy=custom remat.offload=query": (
+        "config.remat.offload = ['query']",
+        "config.mesh.pipe = 2",
+    ),
     "mesh.pipe=2 optimizer.offload=true": ("config.optimizer.offload", "config.mesh.pipe = 2"),
     "mesh.pipe=2 parallel.rules={'embed': ['pipe']}": ("config.parallel.rules.embed", "pipe"),
     "mesh.tensor=8 model.heads=4 model.kv_heads=4": (

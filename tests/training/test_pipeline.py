@@ -88,17 +88,17 @@ MESHES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "none"])
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_stages_beside_other_axes(mesh, schedule, remat):
+def test_stages_beside_other_axes(mesh, remat):
     want = one_device(rows=mesh.get("rows", B))
-    assert_same(pipelined(schedule, remat=remat, **mesh), want)
+    assert_same(pipelined(remat=remat, **mesh), want)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["full", "none", "dots", "attention"])
 @pytest.mark.parametrize(
-    ("schedule", "form"), [(s, f) for s, forms in FORMS.items() for f in forms]
+    ("schedule", "form", "remat"),
+    [(s, f, r) for s, forms in FORMS.items() for f in forms for r in ("full", "none")]
+    + [("1f1b", "wide", "dots"), ("zb_h1", "wide", "dots"), ("zb_h1", "wide", "attention")],
 )
 def test_every_table(schedule, form, remat):
     assert_same(pipelined(schedule, form, pipe=2, remat=remat), one_device())
