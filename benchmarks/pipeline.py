@@ -93,7 +93,7 @@ def autodiff(rounds: int) -> Rows:
 
 def growth(_: int) -> Rows:
     """Every schedule in every form; two stages hold as much of 4 micro-batches as of 32."""
-    from staged import Program, kept, staged
+    from staged import Program, staged
 
     from parallel.schedule_kinds import FORMS, make_schedule
     from parallel.schedule_slots import slots
@@ -111,7 +111,7 @@ def growth(_: int) -> Rows:
                         experiment = staged(
                             {"pipe": stages}, microbatches, remat__policy=remat, **pipeline
                         )
-                        found = slots(table, kept(remat))
+                        found = slots(table)
                         yield {
                             "schedule": table.name,
                             "remat": remat,

@@ -24,8 +24,6 @@ from experiment import Experiment, read_experiment
 from memory.compiled import BATCH
 from parallel.compilation import quick_compilation
 from parallel.mesh import make_mesh
-from parallel.schedule_slots import Kept
-from parallel.stage import INPUTS, RESIDUALS
 from training.state import Model
 from training.step import loss_and_grads
 
@@ -127,8 +125,3 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 def busy() -> float:
     """Processes that wanted a core in the last minute: how far the seconds can be trusted."""
     return os.getloadavg()[0]
-
-
-def kept(remat: str) -> Kept:
-    """What the executor keeps between actions under a policy."""
-    return INPUTS if remat == "full" else RESIDUALS

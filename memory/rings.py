@@ -17,7 +17,7 @@ WIDE = "batch seq act_mlp"
 
 
 def kept(model: DecoderConfig, form: str, divided: bool) -> list[Activation]:
-    """What F keeps of a layer without rematerialisation, and what B computes again with `full`.
+    """What F keeps of a layer without rematerialisation.
 
     Args:
       form: of attention.

@@ -1,7 +1,7 @@
 """What lives on a device of a pipeline in each phase: its buffers and sums, and one action's own.
 
     forward     a chunk: of one layer at a time what it computes
-    backward    a chunk: what is computed again, and one layer's own tensors and weights
+    backward    a chunk: of one layer at a time tensors, computed again or not, and weights
     loss        on the last stage: logits of a chunk of tokens, gradients of the head
     embedding   on the first stage: the gradient of the lookup
     border      after the last tick: gradients of stages become those of the whole model
@@ -28,12 +28,11 @@ def stage_phases(stages: Stages, k: Constants) -> dict[str, Parts]:
     }
     always |= {f"pipeline buffers: {name}": size for name, size in stages.rings.items() if size}
     layer = one_layer(terms, k)
-    again = stages.rows * stages.kept if stages.inputs else 0
     gathered = "gathered weights"
     streams = {"sent between stages": 3 * stages.stream}
     return {
         "forward": always | streams | {gathered: layer[gathered]},
-        "backward": always | streams | layer | ({"computed again": again} if again else {}),
+        "backward": always | streams | layer,
         "loss": always
         | streams
         | loss_head(terms, k)

@@ -56,17 +56,15 @@ class Actions:
 
     def of(self, kind: str, position: int) -> Work:
         """An action of the chunk at a position: a kind of `memory.tables.KINDS`."""
-        inputs, last = self.stages.inputs, position == len(self.stages.division) - 1
+        last = position == len(self.stages.division) - 1
         layers = self.stages.division[position]
-        loss = last and kind in ("BW", "B") if inputs else last and kind == "F"
-        total = self.loss if loss else Work()
+        total = self.loss if last and kind == "F" else Work()
         if position == 0 and kind != "W":
             total += self.embedding if kind == "F" else self.lookup
         if kind == "F":
-            # The last chunk is computed where its loss is.
-            return total if inputs and last else total + self.layer("F") * layers
+            return total + self.layer("F") * layers
         each = self.layer("again")
-        if kind != "W" or inputs:
+        if kind != "W":
             each += self.layer("B")
         if kind != "B":
             each += self.layer("W")
@@ -106,7 +104,7 @@ class Actions:
         }
         whole = flops_per_token(model, job.sequence_length) / model.layers * tokens
         parts["again"] = Work(self.again_share * whole, 0.0, self._tensor(narrow, again))
-        if stages.inputs:
+        if job.remat.policy == "full":
             parts["again"] = parts["F"]
         return parts
 

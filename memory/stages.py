@@ -16,7 +16,6 @@ from memory.terms import Terms
 from models.block import RESIDUAL
 from parallel.footprint import ITEM, Activation
 from parallel.mesh import PIPE
-from parallel.stage import INPUTS, RESIDUALS
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,6 @@ class Stages:
     @property
     def job(self) -> Job:
         return self.terms.job
-
-    @property
-    def inputs(self) -> bool:
-        """Whether only a chunk's input is kept, and the chunk is computed again."""
-        return self.job.remat.policy == "full"
 
     @cached_property
     def table(self) -> Table:
@@ -114,8 +108,8 @@ class Stages:
 
     @cached_property
     def kept(self) -> int:
-        """What F keeps of one layer, or B of the layers that it computes again."""
-        if self.job.remat.policy in ("none", "full"):
+        """What F keeps of one layer."""
+        if self.job.remat.policy == "none":
             return self.bytes_of(kept(self.job.model, self.terms.form, self.divided))
         names = self.terms.saved_names
         return self.bytes_of([Activation("block input", RESIDUAL), *names])
@@ -158,12 +152,10 @@ def table_of(job: Job) -> Table:
     """
     pipeline = job.pipeline
     assert pipeline is not None
-    held = INPUTS if job.remat.policy == "full" else RESIDUALS
     return table(
         pipeline.schedule,
         job.sizes[PIPE],
         job.micro_steps,
         pipeline.chunks,
         pipeline.form,
-        held,
     )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from parallel.schedule import Schedule
 from parallel.schedule_kinds import make_schedule
 from parallel.schedule_program import make_program
-from parallel.schedule_slots import BUFFERS, Kept
+from parallel.schedule_slots import BUFFERS
 
 # Fill and drain are over after so many rounds of `stages` micro-batches. In zb_h1's lean form W's
 # pile up one a round, until as many wait as may.
@@ -97,9 +97,7 @@ class Table:
 
 
 @lru_cache(maxsize=4096)
-def table(
-    schedule: str, stages: int, microbatches: int, chunks: int, form: str, kept: Kept
-) -> Table:
+def table(schedule: str, stages: int, microbatches: int, chunks: int, form: str) -> Table:
     """The figures of a schedule by name; `chunks` 0 and `form` "" are those that it usually has.
 
     Raises:
@@ -108,9 +106,9 @@ def table(
     rounds = stages + 2 if (schedule, form) == SLOW else ROUNDS
     long = rounds * stages + microbatches % stages
     if microbatches <= long + stages:
-        return _whole(schedule, stages, microbatches, chunks, form, kept)
-    one = _whole(schedule, stages, long, chunks, form, kept)
-    two = _whole(schedule, stages, long + stages, chunks, form, kept)
+        return _whole(schedule, stages, microbatches, chunks, form)
+    one = _whole(schedule, stages, long, chunks, form)
+    two = _whole(schedule, stages, long + stages, chunks, form)
     more = (microbatches - long) // stages
     rows = _counted(one)
     for row, count in _counted(two).items():
@@ -123,12 +121,10 @@ def table(
 
 
 @cache
-def _whole(
-    schedule: str, stages: int, microbatches: int, chunks: int, form: str, kept: Kept
-) -> Table:
+def _whole(schedule: str, stages: int, microbatches: int, chunks: int, form: str) -> Table:
     """The figures of a table that is built."""
     made: Schedule = make_schedule(schedule, stages, microbatches, chunks or None, form or None)  # type: ignore[arg-type]
-    program = make_program(made, kept)
+    program = make_program(made)
     rows: Counter[Row] = Counter()
     for tick in made.ticks:
         row = []

@@ -30,7 +30,7 @@ from parallel.rules import Rules
 from parallel.schedule import Schedule
 from parallel.schedule_kinds import make_schedule
 from parallel.schedule_program import Columns, Program, make_program
-from parallel.stage import INPUTS, RESIDUALS, Arrays, Cut, Parts, Stage, Sums
+from parallel.stage import Arrays, Cut, Parts, Stage, Sums
 from parallel.zero import Tree
 
 BALANCES = ("equal", "cost")
@@ -148,7 +148,7 @@ def run_pipeline(
       The loss's sums over micro-batches; the gradients, in the model's order of layers and divided
       as `rules.of_gradient`; and int32[ticks, stages, 3], which F, B and W really ran.
     """
-    program = make_program(schedule, INPUTS if cut.inputs else RESIDUALS)
+    program = make_program(schedule)
     names: list[str]
     tree: Any
     names, tree = jax.tree.flatten(axes)

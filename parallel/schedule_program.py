@@ -3,17 +3,16 @@
 All stages run the same program; stage s reads column s. A tick is
 
 1. F, B and W, in this order, each where `microbatch >= 0`. An action reads its operands from the
-   slots in its columns and writes its results: F its `residual` (and its `input`, if inputs are
-   kept and it is the first chunk's), B its `pending`. Where B and W are of the same chunk and
-   micro-batch (`fused`), one backward pass gives both, and neither `pending` is used.
+   slots in its columns and writes its results: F its `residual`, and in the last chunk the
+   `cotangent`, B its `pending`. Where B and W are of the same chunk and micro-batch (`fused`), one
+   backward pass gives both, and there is nothing `pending`.
 2. Then the `transfers`: the output of F goes to the input buffer of the stage that has the next
    chunk, what B computed goes to the cotangent buffer of the stage that has the chunk before. One
    transfer is one `ppermute(value, axis, pairs)` in all ticks, of which each stage writes what it
    got to `slot[tick, stage]`, or drops it where that is -1. `pairs` where every source is its own
    destination (the turns of a V; a single stage) need no ppermute.
 
-The forward of the first chunk has no slot for its input (unless inputs are kept): it embeds. The
-gradient of the last chunk's output is the loss's: see `Kept.loss`.
+The forward of the first chunk has no slot for its input: it embeds.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.schedule import KINDS, Schedule, check
-from parallel.schedule_slots import BUFFERS, RESIDUALS, Kept, Slots, slots
+from parallel.schedule_slots import BUFFERS, Slots, slots
 
 Ints = NDArray[np.int32]
 SENT = {"F": ("input", +1), "B": ("cotangent", -1)}  # into which buffer, of which next chunk
@@ -84,14 +83,14 @@ class Program:
     slots: Slots
 
 
-def make_program(schedule: Schedule, kept: Kept = RESIDUALS) -> Program:
-    """The arrays of a schedule, for an executor that keeps `kept` between actions.
+def make_program(schedule: Schedule) -> Program:
+    """The arrays of a schedule.
 
     Raises:
       ValueError: see `parallel.schedule.check`.
     """
     check(schedule)
-    found = slots(schedule, kept)
+    found = slots(schedule)
     forward, backward, weight = (_columns(schedule, found, kind) for kind in KINDS)
     fused = (
         (backward.microbatch >= 0)

@@ -4,11 +4,11 @@
 | --- | --- | --- | --- |
 | input | a chunk's input | the end of the tick of the F that sent it | its F |
 | residual | what F keeps for the backward pass | F | the last of B and W |
-| cotangent | gradient by a chunk's output | the end of the tick of the B that sent it | B and W |
-| pending | what B keeps for a W in a later tick | B | W |
+| cotangent | gradient by a chunk's output | the end of the tick of the B that sent it | B |
+| pending | what B leaves for a W in a later tick | B | W |
 
-Nothing is sent to the first chunk's input and the last chunk's cotangent: the embedding and the
-loss are computed in the tick itself, see `slots`. Slots are given by colouring intervals, which
+Nothing is sent to the first chunk, which embeds, nor a gradient to the last one: its F computes the
+loss, and that is where its cotangent is from. Slots are given by colouring intervals, which
 takes exactly as many as values are alive at once (intervals form a perfect graph).
 """
 
@@ -25,27 +25,6 @@ Key = tuple[int, int]  # position of the chunk in the model, micro-batch
 Lifetimes = dict[Key, tuple[int, int]]  # first and last step, see `_step`
 STEPS = len(KINDS) + 1  # of a tick: F, B, W, then what was sent arrives
 ARRIVES = len(KINDS)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What an executor keeps between the actions of a micro-batch.
-
-    Attributes:
-      inputs: the forward pass is computed again from the chunk's input, which stays until the last
-        of B and W; there are no residuals.
-      pending: B keeps for W what it computed on the way (the cotangents of layers), and its own
-        cotangent goes. Otherwise W starts from that cotangent again, which stays until W.
-      loss: the action of the last chunk that computes the loss and its gradient. With F that is a
-        cotangent from F on; with B it is one only for a W in a later tick.
-    """
-
-    inputs: bool = False
-    pending: bool = False
-    loss: Literal["F", "B"] = "F"
-
-
-RESIDUALS = Kept()
 
 
 @dataclass(frozen=True)
@@ -66,7 +45,7 @@ class Slots:
         return max(self.counts[buffer])
 
 
-def lifetimes(schedule: Schedule, kept: Kept = RESIDUALS) -> dict[str, Lifetimes]:
+def lifetimes(schedule: Schedule) -> dict[str, Lifetimes]:
     """For each buffer and (position, micro-batch), the first and the last step of what it holds."""
     life: dict[str, Lifetimes] = {buffer: {} for buffer in BUFFERS}
     last = schedule.positions - 1
@@ -75,41 +54,35 @@ def lifetimes(schedule: Schedule, kept: Kept = RESIDUALS) -> dict[str, Lifetimes
             f, b, w = (_step(schedule, kind, position, i) for kind in KINDS)
             key = position, i
             if position > 0:
-                life["input"][key] = _sent(schedule, "F", position - 1, i), w if kept.inputs else f
-            elif kept.inputs:
-                life["input"][key] = f, w
-            if not kept.inputs:
-                life["residual"][key] = f, w
+                life["input"][key] = _sent(schedule, "F", position - 1, i), f
+            life["residual"][key] = f, w
             apart = w // STEPS > b // STEPS
-            end = b if apart and kept.pending else w
-            if position < last:
-                life["cotangent"][key] = _sent(schedule, "B", position + 1, i), end
-            elif kept.loss == "F":
-                life["cotangent"][key] = f, end
-            elif apart and not kept.pending:
-                life["cotangent"][key] = b, end
-            if apart and kept.pending:
+            end = b if apart else w
+            # The last chunk's comes of the loss, which F computes.
+            sent = _sent(schedule, "B", position + 1, i) if position < last else f
+            life["cotangent"][key] = sent, end
+            if apart:
                 life["pending"][key] = b, w
     return life
 
 
-def slots(schedule: Schedule, kept: Kept = RESIDUALS) -> Slots:
-    """The fewest slots for what an executor keeps, and who is in which."""
+def slots(schedule: Schedule) -> Slots:
+    """The fewest slots and who is in which."""
     counts: dict[str, tuple[int, ...]] = {}
     slot: dict[str, Mapping[Key, int]] = {}
-    for buffer, life in lifetimes(schedule, kept).items():
+    for buffer, life in lifetimes(schedule).items():
         coloured = [_coloured(_on(schedule, life, stage)) for stage in range(schedule.stages)]
         counts[buffer] = tuple(max(colours.values(), default=-1) + 1 for colours in coloured)
         slot[buffer] = {key: n for colours in coloured for key, n in colours.items()}
     return Slots(counts, slot)
 
 
-def ring_sizes(schedule: Schedule, buffer: str, kept: Kept = RESIDUALS) -> list[list[int]]:
+def ring_sizes(schedule: Schedule, buffer: str) -> list[list[int]]:
     """[stage][chunk]: the smallest n for which a micro-batch's slot may be `micro-batch mod n`.
 
     Each chunk has a ring of its own, so together they can be more than `Slots.counts`.
     """
-    life = lifetimes(schedule, kept)[buffer]
+    life = lifetimes(schedule)[buffer]
     sizes = [[0] * schedule.chunks for _ in range(schedule.stages)]
     for position in range(schedule.positions):
         stage, chunk = schedule.place(position)
@@ -120,19 +93,17 @@ def ring_sizes(schedule: Schedule, buffer: str, kept: Kept = RESIDUALS) -> list[
 def check_slots(
     schedule: Schedule,
     counts: Mapping[str, Sequence[int]],
-    kept: Kept = RESIDUALS,
 ) -> None:
     """Refuses a table that needs more slots than there are.
 
     Args:
       schedule: a checked table.
       counts: for some of `BUFFERS`, the slots of each stage.
-      kept: decides how long values stay.
 
     Raises:
       ValueError: naming tick, stage, what finds no slot and what is in them.
     """
-    life = lifetimes(schedule, kept)
+    life = lifetimes(schedule)
     for buffer, sizes in counts.items():
         if buffer not in BUFFERS:
             raise ValueError(f"buffer {buffer!r}: choose of {', '.join(BUFFERS)}")

@@ -19,14 +19,9 @@ from parallel.chunk import Chunks
 from parallel.division import Division
 from parallel.mesh import PIPE
 from parallel.schedule_program import Program
-from parallel.schedule_slots import Kept
 from parallel.split import Split
 from parallel.when import when
 from parallel.zero import Tree, together
-
-# With inputs alone, the last chunk's output is not known before B, and so neither is its loss.
-INPUTS = Kept(inputs=True, loss="B")
-RESIDUALS = Kept(pending=True)
 
 Sums = tuple[jax.Array, dict[str, jax.Array]]
 Carry = dict[str, Any]
@@ -47,8 +42,6 @@ class Cut:
         stacked.
       layers: how many there are.
       period: of the pattern of layer kinds; a chunk has whole ones.
-      inputs: of what F computes only a chunk's input is kept, and the backward pass computes the
-        chunk again; otherwise what the chunk's own rematerialisation keeps.
     """
 
     embed: Callable[..., jax.Array]
@@ -56,7 +49,6 @@ class Cut:
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     layers: int
     period: int = 1
-    inputs: bool = False
 
 
 class Arrays(NamedTuple):
@@ -198,7 +190,7 @@ class Stage:
 
         return {
             "input": ring("input"),
-            "residual": [] if self.cut.inputs else self.chunks.kept(capacity("residual")),
+            "residual": self.chunks.kept(capacity("residual")),
             "cotangent": ring("cotangent"),
             "pending": self.chunks.pending(capacity("pending")) if capacity("pending") else [],
             "own": [zeros(a) for a in self.arrays.own],
@@ -222,7 +214,7 @@ class Stage:
         }
         return carry | new, dy_BTD
 
-    # --- Actions; those on residuals, and those that compute a chunk again from its input ----
+    # --- Actions -----------------------------------------------------------------------------
 
     def forward(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array]:
         """F; gives what is sent on. The last chunk computes its loss."""
@@ -241,22 +233,6 @@ class Stage:
         part = when(row["position"] == self.last, loss, part)
         return carry | part | {"residual": ring}, y_BTD
 
-    def forward_from_input(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array]:
-        """F that keeps the first chunk's input; the others' came to where it stays."""
-        x_BTD = lax.cond(
-            row["position"] == 0,
-            lambda: self.embed(self.arrays.outside, row),
-            lambda: _take(carry["input"], row["input"]),
-        )
-        ring = _put(carry["input"], x_BTD, row["input"])
-        # The last chunk computes its loss where it computes the gradient, from its input.
-        y_BTD = lax.cond(
-            row["position"] == self.last,
-            self.nothing,
-            lambda: self.chunks.forward(row, x_BTD, [], row["input"])[0],
-        )
-        return carry | {"input": ring}, y_BTD
-
     def backward(self, carry: Carry, row: Row, with_weights: bool) -> tuple[Carry, jax.Array]:
         """B, and W with it or not."""
         dy_BTD, ring = _take(carry["cotangent"], row["cotangent"]), carry["residual"]
@@ -267,30 +243,6 @@ class Stage:
             row, dy_BTD, ring, row["residual"], carry["pending"], row["pending"]
         )
         return carry | {"pending": pending}, dx_BTD
-
-    def backward_from_input(
-        self, carry: Carry, row: Row, with_weights: bool
-    ) -> tuple[Carry, jax.Array]:
-        """B, and W with it or not; in the last chunk after the loss."""
-        y_BTD, ring = self.again(carry, row)
-
-        def loss(part: Carry) -> Carry:
-            part, dy_BTD = self.with_loss(part, y_BTD, row)
-            if not with_weights:  # W reads it in a later tick
-                cotangents = _put(part["cotangent"], dy_BTD, row["cotangent"])
-                part = part | {"cotangent": cotangents}
-            return part | {"dy": dy_BTD}
-
-        part = {name: carry[name] for name in ("sums", "outside", "cotangent")}
-        part["dy"] = _take(carry["cotangent"], row["cotangent"])
-        part = when(row["position"] == self.last, loss, part)
-        dy_BTD = part.pop("dy")
-        carry = carry | part
-        if with_weights:
-            dx_BTD, own = self.chunks.backward(row, dy_BTD, ring, jnp.int32(0), carry["own"])
-            return carry | {"own": own}, dx_BTD
-        slot = jnp.int32(0)
-        return carry, self.chunks.input_grad(row, dy_BTD, ring, slot, [], slot)[0]
 
     def weight(self, carry: Carry, row: Row) -> Carry:
         """W, where B has not done it."""
@@ -303,18 +255,6 @@ class Stage:
             carry["own"],
         )
         return carry | {"own": own}
-
-    def weight_from_input(self, carry: Carry, row: Row) -> Carry:
-        """W that goes through the whole backward pass again."""
-        _, ring = self.again(carry, row)
-        dy_BTD = _take(carry["cotangent"], row["cotangent"])
-        own = self.chunks.backward(row, dy_BTD, ring, jnp.int32(0), carry["own"])[1]
-        return carry | {"own": own}
-
-    def again(self, carry: Carry, row: Row) -> tuple[jax.Array, list[jax.Array]]:
-        """A chunk's output and residuals, from its input."""
-        x_BTD = _take(carry["input"], row["input"])
-        return self.chunks.forward(row, x_BTD, self.chunks.kept(1), jnp.int32(0))
 
     def to_embedding(self, carry: Carry, dx_BTD: jax.Array, row: Row) -> Carry:
         """Adds the gradient of the embedding, on the first chunk."""
@@ -329,21 +269,19 @@ class Stage:
 
     def run_forward(self, carry: Carry, row: Row) -> tuple[Carry, jax.Array, jax.Array]:
         """F or nothing: the carry, what is sent on, 1 where it ran."""
-        action = self.forward_from_input if self.cut.inputs else self.forward
         idle = carry, self.nothing(), jnp.int32(0)
         return when(
-            row["microbatch"] >= 0, lambda state: (*action(state[0], row), jnp.int32(1)), idle
+            row["microbatch"] >= 0, lambda state: (*self.forward(state[0], row), jnp.int32(1)), idle
         )
 
     def run_backward(
         self, carry: Carry, row: Row, fused: jax.Array
     ) -> tuple[Carry, jax.Array, jax.Array, jax.Array]:
         """B, B with W, or nothing: the carry, what is sent back, 1 where B and where W ran."""
-        action = self.backward_from_input if self.cut.inputs else self.backward
         Ran = tuple[Carry, jax.Array, jax.Array, jax.Array]
 
         def run(state: Ran, with_weights: bool) -> Ran:
-            carry, dx_BTD = action(state[0], row, with_weights)
+            carry, dx_BTD = self.backward(state[0], row, with_weights)
             ran = jnp.int32(1), jnp.int32(with_weights)
             return self.to_embedding(carry, dx_BTD, row), dx_BTD, *ran
 
@@ -362,10 +300,9 @@ class Stage:
 
     def run_weight(self, carry: Carry, row: Row, fused: jax.Array) -> tuple[Carry, jax.Array]:
         """W, if B has not done it, or nothing: the carry, 1 where it ran."""
-        action = self.weight_from_input if self.cut.inputs else self.weight
         return when(
             (row["microbatch"] >= 0) & ~fused,
-            lambda state: (action(state[0], row), jnp.int32(1)),
+            lambda state: (self.weight(state[0], row), jnp.int32(1)),
             (carry, jnp.int32(0)),
         )
 

@@ -25,12 +25,9 @@ def causal_lm(
     pipeline: PipelineConfig | None = None,
 ) -> Model:
     """Next-token prediction: the decoder's features through the vocabulary-sharded loss."""
-    # A stage that keeps inputs alone computes its chunk again as a whole: each layer of it once
-    # more would be twice the work.
-    inside = RematConfig() if pipeline is not None and remat.policy == "full" else remat
 
     def build(key: jax.Array) -> Decoder:
-        return Decoder(config, rules, inside, nnx.Rngs(params=key))
+        return Decoder(config, rules, remat, nnx.Rngs(params=key))
 
     # What is static about the model, without computing anything.
     graph, abstract = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
@@ -81,6 +78,5 @@ def causal_lm(
         loss=last_loss,
         layers=config.layers,
         period=len(config.pattern),
-        inputs=remat.policy == "full",
     )
     return Model(init, axes, weighted_loss, rules, cut, pipeline)

@@ -9,17 +9,9 @@ import pytest
 
 from parallel.schedule_kinds import FORMS, make_schedule
 from parallel.schedule_program import make_program
-from parallel.schedule_slots import BUFFERS, Kept
+from parallel.schedule_slots import BUFFERS
 
 ALL = [(name, form) for name, forms in FORMS.items() for form in forms]
-KEPT = [
-    Kept(),
-    Kept(loss="B"),
-    Kept(inputs=True),
-    Kept(inputs=True, loss="B"),
-    Kept(pending=True),
-    Kept(inputs=True, pending=True, loss="B"),
-]
 
 
 class Follower:
@@ -29,8 +21,8 @@ class Follower:
     which one it must find.
     """
 
-    def __init__(self, program, kept):
-        self.program, self.kept, self.schedule = program, kept, program.schedule
+    def __init__(self, program):
+        self.program, self.schedule = program, program.schedule
         self.last = self.schedule.positions - 1
         self.buffers = [
             {buffer: [None] * program.slots.counts[buffer][s] for buffer in BUFFERS}
@@ -58,42 +50,25 @@ class Follower:
     def forward(self, s, position, i, slot):
         if position > 0:
             self.read(s, "input", slot["input"], ("activation", position - 1, i))
-        elif self.kept.inputs:
-            self.write(s, "input", slot["input"], ("activation", -1, i))
         else:
             assert slot["input"] == -1
-        if not self.kept.inputs:
-            self.write(s, "residual", slot["residual"], ("residual", position, i))
-        if position == self.last and self.kept.loss == "F":
+        self.write(s, "residual", slot["residual"], ("residual", position, i))
+        if position == self.last:
             self.write(s, "cotangent", slot["cotangent"], ("cotangent", self.last + 1, i))
 
-    def saved(self, s, position, i, slot):
-        if self.kept.inputs:
-            assert slot["residual"] == -1
-            self.read(s, "input", slot["input"], ("activation", position - 1, i))
-        else:
-            self.read(s, "residual", slot["residual"], ("residual", position, i))
-
     def backward(self, s, position, i, slot, fused):
-        self.saved(s, position, i, slot)
-        if position < self.last or self.kept.loss == "F":
-            self.read(s, "cotangent", slot["cotangent"], ("cotangent", position + 1, i))
-        elif slot["cotangent"] >= 0:  # of the loss, for a W in a later tick
-            assert not fused
-            self.write(s, "cotangent", slot["cotangent"], ("cotangent", position + 1, i))
-        if self.kept.pending and not fused:
-            self.write(s, "pending", slot["pending"], ("pending", position, i))
-        else:
+        self.read(s, "residual", slot["residual"], ("residual", position, i))
+        self.read(s, "cotangent", slot["cotangent"], ("cotangent", position + 1, i))
+        if fused:
             assert slot["pending"] == -1
+        else:
+            self.write(s, "pending", slot["pending"], ("pending", position, i))
 
     def weight(self, s, position, i, slot, fused):
         if fused:
             return
-        self.saved(s, position, i, slot)
-        if self.kept.pending:
-            self.read(s, "pending", slot["pending"], ("pending", position, i))
-        else:
-            self.read(s, "cotangent", slot["cotangent"], ("cotangent", position + 1, i))
+        self.read(s, "residual", slot["residual"], ("residual", position, i))
+        self.read(s, "pending", slot["pending"], ("pending", position, i))
 
     def tick(self, tick):
         made = {}
@@ -123,15 +98,14 @@ class Follower:
         return self.done
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=str)
 @pytest.mark.parametrize(("name", "form"), ALL)
-def test_an_executor_of_the_arrays_finds_every_value_in_its_slot(name, form, kept):
+def test_an_executor_of_the_arrays_finds_every_value_in_its_slot(name, form):
     for p, m, v in [(1, 1, None), (2, 4, None), (3, 6, None), (4, 8, None), (3, 6, 3)]:
         if v is not None and name != "interleaved":
             continue
         schedule = make_schedule(name, p, m, v, form)
-        program = make_program(schedule, kept)
-        done = Follower(program, kept).run()
+        program = make_program(schedule)
+        done = Follower(program).run()
         assert len(done) == len(set(done)) == 3 * m * schedule.positions  # the busy cells
 
 
@@ -170,4 +144,4 @@ def test_the_arrays_tell_a_wrong_slot_from_a_right_one():
     wrong[:, 1] = columns.residual[:, 1]
     broken = replace(program, backward=replace(columns, residual=wrong))
     with pytest.raises(AssertionError):
-        Follower(broken, Kept()).run()
+        Follower(broken).run()

@@ -10,7 +10,6 @@ from parallel.schedule_kinds import FORMS, make_schedule
 from parallel.schedule_orders import from_orders
 from parallel.schedule_slots import (
     BUFFERS,
-    Kept,
     check_slots,
     in_flight,
     lifetimes,
@@ -19,24 +18,15 @@ from parallel.schedule_slots import (
 )
 
 ALL = [(name, form) for name, forms in FORMS.items() for form in forms]
-KEPT = [
-    Kept(),
-    Kept(loss="B"),
-    Kept(inputs=True),
-    Kept(inputs=True, loss="B"),
-    Kept(pending=True),
-    Kept(inputs=True, pending=True, loss="B"),
-]
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=str)
 @pytest.mark.parametrize(("name", "form"), ALL)
-def test_no_slot_could_be_spared(name, form, kept):
+def test_no_slot_could_be_spared(name, form):
     """Slots are as many as values are alive in the fullest step, counted step by step."""
     schedule = make_schedule(name, 4, 8, form=form)
-    counts = slots(schedule, kept).counts
-    check_slots(schedule, counts, kept)
-    for buffer, life in lifetimes(schedule, kept).items():
+    counts = slots(schedule).counts
+    check_slots(schedule, counts)
+    for buffer, life in lifetimes(schedule).items():
         alive = np.zeros((schedule.stages, 4 * len(schedule.ticks) + 1), int)
         for (position, _), (start, end) in life.items():
             alive[schedule.place(position)[0], start : end + 1] += 1
@@ -45,7 +35,7 @@ def test_no_slot_could_be_spared(name, form, kept):
             fewer = [n - (s == stage) for s, n in enumerate(counts[buffer])]
             if min(fewer) >= 0:
                 with pytest.raises(ValueError, match=rf"tick \d+, stage {stage}: no slot for the"):
-                    check_slots(schedule, {buffer: fewer}, kept)
+                    check_slots(schedule, {buffer: fewer})
 
 
 @pytest.mark.parametrize(("name", "form"), ALL)
@@ -85,15 +75,12 @@ def test_slots_of_the_tables_that_ship():
     assert residual("zb_v", "wide") == residual("zb_v", "single") == (8, 8, 8, 8)
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=str)
 @pytest.mark.parametrize(("name", "form"), ALL)
-def test_slots_do_not_grow_with_micro_batches_but_for_gpipe(name, form, kept):
+def test_slots_do_not_grow_with_micro_batches_but_for_gpipe(name, form):
     for p in (2, 4):
-        few, many = (
-            slots(make_schedule(name, p, m, form=form), kept).counts for m in (8 * p, 16 * p)
-        )
+        few, many = (slots(make_schedule(name, p, m, form=form)).counts for m in (8 * p, 16 * p))
         if name == "gpipe":
-            buffer = "input" if kept.inputs else "residual"
+            buffer = "residual"
             assert (max(few[buffer]), max(many[buffer])) == (8 * p, 16 * p)
         else:
             assert few == many
@@ -109,16 +96,9 @@ def test_slots_are_kept_as_long_as_the_executor_says():
         "cotangent": (1, 1),
         "pending": zeros,
     }
-    assert slots(schedule, Kept(inputs=True, loss="B")).counts == {
-        "input": (3, 1),
-        "residual": zeros,
-        "cotangent": (1, 0),
-        "pending": zeros,
-    }
     apart = make_schedule("zb_h1", 2, 4, form="single")
-    assert slots(apart).counts["cotangent"] == (1, 2)
-    assert slots(apart, Kept(pending=True)).counts["cotangent"] == (1, 1)
-    assert slots(apart, Kept(pending=True)).counts["pending"] == (1, 2)
+    assert slots(apart).counts["cotangent"] == (1, 1)
+    assert slots(apart).counts["pending"] == (1, 2)
     assert slots(apart).capacity("residual") == 2
 
 
