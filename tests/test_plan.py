@@ -372,7 +372,7 @@ BAD_PLANS = {
         "choose a multiple of 8",
     ),
     "--config.mesh.tensor=4 --config.model.mlp_dim=66": ("config.model.mlp_dim = 66", "of 4"),
-    "--config.mesh.pipe=2": ("config.mesh.pipe = 2", "not built yet; only 1 is right"),
+    "--config.mesh.context=2": ("config.mesh.context = 2", "not built yet; only 1 is right"),
     "--config.data.batch_size=12": (
         "config.data.batch_size = 12 does not divide by config.mesh.data = 8",
         "choose a multiple of 8",
@@ -489,7 +489,7 @@ BAD_SWEEPS = {
     "--submit=pbs": ("--submit: invalid choice: 'pbs'", "slurm", "local"),
     "--top=some": ("--top: 'some' should be a whole number",),
     "--budget_gib=12GB": ("--budget_gib: ", "'12GB'"),
-    "--grid=config.mesh.pipe=2": ("config.mesh.pipe = 2", "not built yet; only 1 is right"),
+    "--grid=config.mesh.context=2": ("config.mesh.context = 2", "not built yet; only 1 is right"),
     "--grid=config.mesh.data=3": ("config.mesh = data 3 needs 3 devices", "there are 8"),
     "--grid=config.mesh.tensor=8 --config.model.heads=4 --config.model.kv_heads=4": (
         "config.model.heads = 4 does not divide by config.mesh.tensor = 8",
