@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from itertools import cycle
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ import pytest
 
 from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
-from parallel.schedule_kinds import FORMS
+from parallel.schedule import KINDS
+from parallel.schedule_kinds import FORMS, make_schedule
 from tests.small import DECODER, B, initial_params, layout
+from training import pipelined as pipelined_step
 from training.optim import OptimizerConfig, make_optimizer
 from training.state import create_state
 from training.step import loss_and_grads, make_step
@@ -22,6 +25,7 @@ FLOAT32 = PrecisionConfig()
 TOLERANCE = 1e-5  # as of other layouts, `tests/training/test_layouts.py`
 DEEP = replace(DECODER, layers=4)
 MICROBATCHES = 4
+REMAT = ("full", "none")
 
 
 def step(microbatches=MICROBATCHES, config=DEEP, precision=FLOAT32, scale=1.0, rows=B, **kind):
@@ -67,11 +71,12 @@ def pipelined(schedule="1f1b", form="", microbatches=MICROBATCHES, config=DEEP, 
     return step(microbatches, config, pipeline=pipeline, **kind)
 
 
-@pytest.mark.parametrize("remat", ["full", "none"])
+@pytest.mark.parametrize("remat", REMAT)
 def test_two_stages(remat):
     assert_same(pipelined("1f1b", pipe=2, remat=remat), one_device())
 
 
+# A part of all cases of schedule, mesh and remat: `benchmarks/pipeline_equality.py` has all.
 MESHES = [
     dict(pipe=4),
     dict(pipe=2, data=2),
@@ -87,26 +92,42 @@ MESHES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["full", "none"])
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(("mesh", "remat"), list(zip(MESHES, cycle(REMAT), strict=False)), ids=str)
 def test_stages_beside_other_axes(mesh, remat):
     want = one_device(rows=mesh.get("rows", B))
     assert_same(pipelined(remat=remat, **mesh), want)
 
 
+TABLES = [(schedule, form) for schedule, forms in FORMS.items() for form in forms]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "form", "remat"),
-    [(s, f, r) for s, forms in FORMS.items() for f in forms for r in ("full", "none")]
+    [(*table, remat) for table, remat in zip(TABLES, cycle(REMAT), strict=False)]
     + [("1f1b", "wide", "dots"), ("zb_h1", "wide", "dots"), ("zb_h1", "wide", "attention")],
 )
-def test_every_table(schedule, form, remat):
-    assert_same(pipelined(schedule, form, pipe=2, remat=remat), one_device())
+def test_every_table(schedule, form, remat, monkeypatch):
+    """What was computed is right, and what ran, counted on the devices, is the table."""
+
+    def counted(*args, run=pipelined_step.run_pipeline):
+        (total, aux), grads, ran = run(*args)
+        return (total, aux | {"ran": ran.astype(jnp.float32)}), grads, ran
+
+    monkeypatch.setattr(pipelined_step, "run_pipeline", counted)
+    sums, grads = pipelined(schedule, form, pipe=2, remat=remat)
+    table = make_schedule(schedule, 2, MICROBATCHES, form=form)
+    cells = np.zeros((len(table.ticks), 2, len(KINDS)))
+    for tick, stage, action in table.actions():
+        cells[tick, stage, KINDS.index(action.kind)] = 1
+    np.testing.assert_array_equal(sums.pop("ran"), cells)
+    assert_same((sums, grads), one_device())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["full", "none"])
-@pytest.mark.parametrize("schedule", ["interleaved", "zb_h1", "zb_v"])
+@pytest.mark.parametrize(
+    ("schedule", "remat"), [("interleaved", "none"), ("zb_h1", "full"), ("zb_v", "none")]
+)
 def test_chunks_and_weight_gradients_apart_beside_other_axes(schedule, remat):
     mesh = dict(pipe=2, fsdp=2, tensor=2, zero=3, sequence=True)
     assert_same(pipelined(schedule, remat=remat, **mesh), one_device())
@@ -126,7 +147,7 @@ OTHER = replace(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["full", "none"])
+@pytest.mark.parametrize("remat", REMAT)
 def test_another_decoder(remat):
     got = pipelined(config=OTHER, pipe=2, fsdp=2, zero=2, remat=remat)
     assert_same(got, one_device(config=OTHER))
