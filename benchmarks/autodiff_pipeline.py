@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from parallel.mesh import PIPE
 from parallel.precision import PrecisionConfig
+from parallel.rules import is_stacked
 from parallel.zero import laid_out
 from training.micro_batches import Batch, means, split, token_weights
 from training.state import Model
@@ -50,7 +51,7 @@ def loss_and_grads(
     each, last = cut.layers // p, p - 1
     tree: Any
     names, tree = jax.tree.flatten(model.axes)
-    by_stage = tree.unflatten([P(PIPE) if n.split()[0] == "layers" else P() for n in names])
+    by_stage = tree.unflatten([P(PIPE) if is_stacked(n) else P() for n in names])
 
     def blocks(params: Tree, x_BTD: jax.Array, batch: Batch, key: Any, stage: Any) -> jax.Array:
         return cut.blocks(params, x_BTD, batch, key, stage * each)

@@ -212,9 +212,7 @@ def real(_: int) -> Rows:
         "pipeline.microbatches": 16,
         "remat.policy": "full",
     }
-    cells = [
-        (name, form) for name in ("1f1b", "interleaved", "zb_h1", "gpipe") for form in FORMS[name]
-    ]
+    cells = [(name, form) for name in FORMS for form in FORMS[name]]
     row: dict[str, Any]
     for target in map(parse_target, TARGETS):
         for name, form in cells:

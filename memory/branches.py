@@ -14,6 +14,7 @@ from memory.hlo import Computation, Instruction, Module
 from memory.tables import Table
 
 STAGE, WHEN, LAYERS = "parallel/stage.py", "parallel/when.py", "parallel/chunk.py"
+MODEL = "parallel/cut.py"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Branches:
         of = next((f.function for f in module.stack(i) if f.file.endswith(STAGE)), "")
         frames = [f for inner in all_of(module, branch) for f in module.stack(inner)]
         parts = {_name(f.function) for f in frames if f.file.endswith(LAYERS)}
-        names = {_name(f.function) for f in frames if f.file.endswith(STAGE)}
+        names = {_name(f.function) for f in frames if f.file.endswith((STAGE, MODEL))}
         kind = {"run_forward": "F", "run_weight": "W"}.get(_name(of))
         if _name(of) == "run_backward":
             kind = "B" if "input_grad" in parts else "BW"

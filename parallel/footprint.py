@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
 
-from parallel.rules import Rules
+from parallel.rules import Rules, is_stacked
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "bool": 1}
 
@@ -56,7 +56,7 @@ def elements(weight: Weight, spec: PartitionSpec, rules: Rules, *, tiled: bool =
     for dim, entry in enumerate(spec):
         axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
         shape[dim] //= rules.size(axes)
-    stacked = 1 if weight.axes.startswith("layers ") else 0
+    stacked = 1 if is_stacked(weight.axes) else 0
     return tiled_size(shape, stacked) if tiled else math.prod(shape)
 
 

@@ -23,14 +23,15 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from parallel.by_stage import by_stage
+from parallel.cut import Arrays, Cut, Parts, StageModel, Sums
 from parallel.division import Costs, Division, check_layers, divide
 from parallel.exchange import to_spread
 from parallel.mesh import PIPE
-from parallel.rules import Rules
+from parallel.rules import Rules, is_stacked
 from parallel.schedule import Schedule
 from parallel.schedule_kinds import make_schedule
 from parallel.schedule_program import Columns, Program, make_program
-from parallel.stage import Arrays, Cut, Parts, Stage, Sums
+from parallel.stage import Stage
 from parallel.zero import Tree
 
 BALANCES = ("equal", "cost")
@@ -152,7 +153,7 @@ def run_pipeline(
     names: list[str]
     tree: Any
     names, tree = jax.tree.flatten(axes)
-    stacked = [name.split()[0] == "layers" for name in names]
+    stacked = [is_stacked(name) for name in names]
     parts = Parts(tree, stacked)
 
     def stage(
@@ -163,7 +164,8 @@ def run_pipeline(
         own_copy, outside_copy = parts.divide(copy)
         batch, weights_MBT = microbatches
         arrays = Arrays(own, outside, own_copy, outside_copy, batch, weights_MBT, key)
-        carry, ran = Stage(cut, program, division, parts, arrays, accumulate).run(table)
+        model = StageModel(cut, parts, arrays)
+        carry, ran = Stage(model, program, division, accumulate).run(table)
         # Embedding and head are the first and the last stage's, tied or not; others have zeros.
         summed = [lax.psum(g, PIPE) for g in carry["outside"]]
         grads = parts.join(carry["own"], summed)

@@ -163,7 +163,7 @@ class Rules:
 
     def at_rest(self, names: str, shape: tuple[int, ...]) -> P:
         """The partition between steps of a parameter's master copy and moments."""
-        if not self.rows and _stacked(names):
+        if not self.rows and is_stacked(names):
             return self.spread(names, shape)
         return self._parameter(names, shape, divided=self.zero >= 1, tables=True)
 
@@ -173,7 +173,7 @@ class Rules:
 
     def of_gradient(self, names: str, shape: tuple[int, ...]) -> P:
         """The partition of a parameter's gradient."""
-        if not self.rows and _stacked(names):
+        if not self.rows and is_stacked(names):
             return self.spread(names, shape)  # on its way back from the stages anyway
         return self._parameter(names, shape, divided=self.zero >= 2, tables=True)
 
@@ -236,7 +236,8 @@ class Rules:
         return P(*[axes[0] if len(axes) == 1 else (axes or None) for axes in real])
 
 
-def _stacked(names: str) -> bool:
+def is_stacked(names: str) -> bool:
+    """Whether an array holds all layers, one after the other, by its axis string."""
     return names.split()[0] == "layers"
 
 

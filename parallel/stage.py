@@ -6,9 +6,7 @@ runs is decided on the device, by the stage's own column.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,102 +14,31 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from parallel.chunk import Chunks
+from parallel.cut import StageModel
 from parallel.division import Division
 from parallel.mesh import PIPE
 from parallel.schedule_program import Program
 from parallel.split import Split
 from parallel.when import when
-from parallel.zero import Tree, together
 
-Sums = tuple[jax.Array, dict[str, jax.Array]]
 Carry = dict[str, Any]
 Row = dict[str, Any]  # of the columns of one kind of action: scalars
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A model that can be cut between layers: pure functions on the tree of its parameters.
-
-    Each gets the whole tree, in which the stacked arrays may be those of a few layers. The key is
-    that of the micro-batch, or None.
-
-    Attributes:
-      embed: (params, batch, key) -> x_BTD; reads nothing stacked.
-      blocks: (params, x_BTD, batch, key, number of the first layer) -> x_BTD; reads nothing else.
-      loss: (params, x_BTD, batch, weights_BT) -> (float32 sum, float32 sums); reads nothing
-        stacked.
-      layers: how many there are.
-      period: of the pattern of layer kinds; a chunk has whole ones.
-    """
-
-    embed: Callable[..., jax.Array]
-    blocks: Callable[..., jax.Array]
-    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-    layers: int
-    period: int = 1
-
-
-class Arrays(NamedTuple):
-    """What a stage is given; lists of arrays as `Parts.divide` makes them.
-
-    Attributes:
-      own, outside: what is differentiated: the stacked arrays of this stage's layers, and the rest.
-      own_copy, outside_copy: the whole copies at ZeRO level 2, else empty.
-      batch, weights: arrays [micro-batches, B, T].
-      key: of the step, or None.
-    """
-
-    own: list[jax.Array]
-    outside: list[jax.Array]
-    own_copy: list[jax.Array]
-    outside_copy: list[jax.Array]
-    batch: Tree
-    weights: jax.Array
-    key: jax.Array | None
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A tree of parameters as two lists: what is stacked, and what is not."""
-
-    tree: Any
-    stacked: list[bool]
-
-    def divide(self, tree: Tree | None) -> tuple[list[Any], list[Any]]:
-        """The lists of a tree like that of the parameters; of None, empty ones."""
-        if tree is None:
-            return [], []
-        arrays = list(zip(self.tree.flatten_up_to(tree), self.stacked, strict=True))
-        return [a for a, own in arrays if own], [a for a, own in arrays if not own]
-
-    def join(self, own: list[Any], outside: list[Any]) -> Tree:
-        """The tree of two lists."""
-        lists = iter(own), iter(outside)
-        return self.tree.unflatten([next(lists[0 if own else 1]) for own in self.stacked])
 
 
 class Stage:
     """The actions of a stage, and the scan over its ticks."""
 
     def __init__(
-        self,
-        cut: Cut,
-        program: Program,
-        division: Division,
-        parts: Parts,
-        arrays: Arrays,
-        accumulate: str,
+        self, model: StageModel, program: Program, division: Division, accumulate: str
     ) -> None:
-        self.cut, self.program, self.parts, self.arrays = cut, program, parts, arrays
-        self.accumulate = accumulate
-        self.schedule = program.schedule
-        self.last = self.schedule.positions - 1
-        row = dict.fromkeys(("microbatch", "position"), jnp.int32(0))
-        self.x_BTD = jax.eval_shape(self.embed, arrays.outside, row)
-        period, most = cut.period, division.most
+        self.model, self.program, self.accumulate = model, program, accumulate
+        self.last = program.schedule.positions - 1
+        arrays = model.arrays
+        self.x_BTD = jax.eval_shape(model.embed, arrays.outside, jnp.int32(0))
+        period, most = model.cut.period, division.most
         first = [[a[:period] for a in own] for own in (arrays.own, arrays.own_copy)]
         self.chunks = Chunks(
-            Split(self.unit, first[0], first[1], self.x_BTD),
+            Split(model.unit, first[0], first[1], self.x_BTD),
             [*arrays.own, *arrays.own_copy],
             len(arrays.own),
             most // period,
@@ -129,55 +56,12 @@ class Stage:
         table = table | {"transfers": [late(slot) for slot in table["transfers"]]}
         return lax.scan(self.tick, self.start(), table)
 
-    # --- The parts of the model, as functions of what is differentiated ----------------------
-
-    def microbatch(self, index: jax.Array) -> tuple[Tree, jax.Array, jax.Array | None]:
-        """Batch, weights and key of a micro-batch."""
-        key = self.arrays.key
-        batch, weights = jax.tree.map(
-            lambda a: _take(a, index), (self.arrays.batch, self.arrays.weights)
-        )
-        if key is not None and self.schedule.microbatches > 1:
-            key = jax.random.fold_in(key, index)
-        return batch, weights, key
-
-    def params(self, own: list[jax.Array], outside: list[jax.Array], copy: list[jax.Array]) -> Tree:
-        """What the model takes; `copy` is that of `own`."""
-        whole = self.parts.join(copy, self.arrays.outside_copy) if copy else None
-        return together(self.parts.join(own, outside), whole)
-
-    def outer(self, outside: list[jax.Array]) -> Tree:
-        """The same for what reads nothing stacked."""
-        return self.params(self.arrays.own, outside, self.arrays.own_copy)
-
-    def embed(self, outside: list[jax.Array], row: Row) -> jax.Array:
-        batch, _, key = self.microbatch(row["microbatch"])
-        return self.cut.embed(self.outer(outside), batch, key)
-
-    def unit(
-        self,
-        own: list[jax.Array],
-        copy: list[jax.Array],
-        x_BTD: jax.Array,
-        number: jax.Array,
-        index: jax.Array,
-    ) -> jax.Array:
-        batch, _, key = self.microbatch(index)
-        return self.cut.blocks(
-            self.params(own, self.arrays.outside, copy), x_BTD, batch, key, number
-        )
-
-    def loss(self, outside: list[jax.Array], x_BTD: jax.Array, row: Row) -> Sums:
-        batch, weights_BT, _ = self.microbatch(row["microbatch"])
-        return self.cut.loss(self.outer(outside), x_BTD, batch, weights_BT)
-
     # --- The carry ---------------------------------------------------------------------------
 
     def start(self) -> Carry:
         """Empty buffers, and sums of zero."""
-        row = dict.fromkeys(("microbatch", "position"), jnp.int32(0))
-        x_BTD = self.x_BTD
-        sums = jax.eval_shape(self.loss, self.arrays.outside, x_BTD, row)
+        x_BTD, arrays = self.x_BTD, self.model.arrays
+        sums = jax.eval_shape(self.model.loss, arrays.outside, x_BTD, jnp.int32(0))
         capacity = self.program.slots.capacity
 
         def ring(buffer: str) -> jax.Array:
@@ -193,8 +77,8 @@ class Stage:
             "residual": self.chunks.kept(capacity("residual")),
             "cotangent": ring("cotangent"),
             "pending": self.chunks.pending(capacity("pending")) if capacity("pending") else [],
-            "own": [zeros(a) for a in self.arrays.own],
-            "outside": [zeros(a) for a in self.arrays.outside],
+            "own": [zeros(a) for a in arrays.own],
+            "outside": [zeros(a) for a in arrays.outside],
             "sent": [self.nothing() for _ in self.program.transfers],
             "sums": jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums),
         }
@@ -206,8 +90,8 @@ class Stage:
 
     def with_loss(self, carry: Carry, y_BTD: jax.Array, row: Row) -> tuple[Carry, jax.Array]:
         """Adds the loss of a micro-batch and its gradient by the head; gives that by `y_BTD`."""
-        grad = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)
-        sums, (outside, dy_BTD) = grad(self.arrays.outside, y_BTD, row)
+        grad = jax.value_and_grad(self.model.loss, argnums=(0, 1), has_aux=True)
+        sums, (outside, dy_BTD) = grad(self.model.arrays.outside, y_BTD, row["microbatch"])
         new = {
             "sums": jax.tree.map(jnp.add, carry["sums"], sums),
             "outside": _added(carry["outside"], outside),
@@ -220,7 +104,7 @@ class Stage:
         """F; gives what is sent on. The last chunk computes its loss."""
         x_BTD = lax.cond(
             row["position"] == 0,
-            lambda: self.embed(self.arrays.outside, row),
+            lambda: self.model.embed(self.model.arrays.outside, row["microbatch"]),
             lambda: _take(carry["input"], row["input"]),
         )
         y_BTD, ring = self.chunks.forward(row, x_BTD, carry["residual"], row["residual"])
@@ -260,7 +144,8 @@ class Stage:
         """Adds the gradient of the embedding, on the first chunk."""
 
         def first(sums: list[jax.Array]) -> list[jax.Array]:
-            _, back = jax.vjp(lambda outside: self.embed(outside, row), self.arrays.outside)
+            embed = lambda outside: self.model.embed(outside, row["microbatch"])
+            _, back = jax.vjp(embed, self.model.arrays.outside)
             return _added(sums, back(dx_BTD)[0])
 
         return carry | {"outside": when(row["position"] == 0, first, carry["outside"])}

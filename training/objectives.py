@@ -9,10 +9,10 @@ from flax import nnx
 
 from models.config import DecoderConfig
 from models.decoder import Decoder, logical_axes
+from parallel.cut import Cut
 from parallel.pipeline import PipelineConfig
 from parallel.remat import RematConfig
 from parallel.rules import Rules
-from parallel.stage import Cut
 from training.losses import LossConfig, cross_entropy
 from training.state import Model
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import optax
 
+from parallel.rules import is_stacked
 from training.naming import named
 
 Tree = Any
@@ -114,7 +115,7 @@ class Offloaded:
 
 def offloaded(make: Callable[[Tree], optax.GradientTransformation], axes: Tree) -> Offloaded:
     """The optimizer that `make` makes for logical axes, its moments of "layers ..." offloaded."""
-    stacked = frozenset(name for name, dims in named(axes).items() if dims.startswith("layers "))
+    stacked = frozenset(name for name, dims in named(axes).items() if is_stacked(dims))
     layers, others = _parts(axes, stacked)
     return Offloaded(make(axes), make(layers), make(others), stacked)
 

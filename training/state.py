@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from parallel.compilation import quick_compilation
+from parallel.cut import Cut
 from parallel.pipeline import PipelineConfig
 from parallel.precision import LossScale, PrecisionConfig
 from parallel.rules import Rules
-from parallel.stage import Cut
 from training.offload import Offloaded
 from training.optim import Optimizer, state_specs
 

@@ -23,10 +23,12 @@ from config_border import load_config, override
 from config_types import plain
 from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
+from parallel.remat import RematConfig
 from parallel.schedule_kinds import make_schedule
 from parallel.schedule_slots import slots
 from parallel.targets import parse_target
 from tests.small import DECODER, initial_params, layout
+from training.objectives import causal_lm
 from training.step import loss_and_grads
 
 TOLERANCE = 1e-5  # as of other layouts, `tests/training/test_layouts.py`
@@ -109,6 +111,35 @@ def test_memory_does_not_grow_with_micro_batches(schedule, remat):
 
 
 @pytest.mark.slow
+def test_gpipe_holds_every_micro_batch():
+    """By so many slots as its table has: what else a program needs does not grow."""
+    lean, wide = (program("1f1b", form, stages=4, microbatches=8) for form in ("lean", "wide"))
+    slot = (wide.temporaries - lean.temporaries) / 3
+    few, many = (program("gpipe", stages=4, microbatches=m).temporaries for m in (8, 24))
+    # An input and a cotangent of each micro-batch wait, too.
+    assert (many - few) / 16 == pytest.approx(slot + 2 * TOKENS * D * 4, rel=CLOSE)
+
+
+# Of temporaries of ours, at most this share of GPipe's by autodiff: remat, micro-batches -> share.
+SHARES = {("none", 16): 0.45, ("full", 16): 0.65, ("full", 32): 0.40}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "share"), SHARES.items(), ids=str)
+def test_1f1b_holds_less_than_gpipe_by_autodiff(case, share):
+    remat, microbatches = case
+
+    def theirs(model, e):
+        plain = causal_lm(e.model, e.loss, e.rules(), RematConfig(policy="none"))
+        full = remat == "full"
+        return autodiff_pipeline.loss_and_grads(plain, e.precision, microbatches, full=full)
+
+    experiment = staged({"pipe": 4}, microbatches, remat__policy=remat)
+    ours = program(stages=4, microbatches=microbatches, remat=remat).temporaries
+    assert ours <= share * Program(experiment, theirs).temporaries
+
+
+@pytest.mark.slow
 def test_in_flight_bytes_are_those_of_the_tables_slots():
     """A slot costs the same whichever table has it; with `full`, the inputs of a stage's layers."""
     stream = TOKENS * D * 4
@@ -164,19 +195,30 @@ def test_no_gradient_of_weights_is_kept_by_micro_batch(schedule):
 # --- The compilers of real devices ----------------------------------------------------------------
 
 
+SMALL = ("mesh.pipe=2", "mesh.fsdp=2", "parallel.sequence=True", "pipeline.schedule=zb_h1")
+LARGE = ("mesh.pipe=4", "mesh.fsdp=8", "data.batch_size=128", "data.sequence_length=4096")
+LARGE += ("pipeline.microbatches=16", "remat.policy=full")
+REAL = [
+    ("gpu:h100:1x8", "tiny", SMALL),
+    ("tpu:v5e:2x4", "tiny", SMALL),
+    ("gpu:h100:8x8", "llama3_8b", LARGE),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpu:h100:1x8", "tpu:v5e:2x4"])
-def test_behind_a_condition_only_members_of_one_stage_communicate(name, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("name", "config", "keys"), REAL)
+def test_behind_a_condition_only_members_of_one_stage_communicate(
+    name, config, keys, monkeypatch, tmp_path
+):
     target = parse_target(name)
     try:
         target.check_compiler()
     except ValueError as error:
         pytest.skip(str(error))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    keys = ("mesh.data=1", "mesh.pipe=2", "mesh.fsdp=2", "mesh.tensor=2", "parallel.sequence=True")
-    keys += ("pipeline.schedule=zb_h1",)
-    config = override(load_config("configs/tiny.py"), [f"--config.{key}" for key in keys])
-    answer = compile_for.compile_for(plain(config), target)
+    changes = [f"--config.{key}" for key in ("mesh.data=1", "mesh.tensor=2", *keys)]
+    given = override(load_config(f"configs/{config}.py"), changes)
+    answer = compile_for.compile_for(plain(given), target)
     assert answer["status"] == "ok", answer["error"]
     assert answer["conditions"] >= 3  # F, B and W
     # An axis "" would be a permute that sends nothing: see `parallel.compilation`.
