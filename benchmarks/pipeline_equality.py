@@ -1,6 +1,6 @@
 """Every schedule on every kind of mesh against the unpipelined step, on 8 simulated devices.
 
-    JAX_NUM_CPU_DEVICES=8 python benchmarks/pipeline_equality.py --out=benchmarks/results
+    JAX_NUM_CPU_DEVICES=8 python benchmarks/pipeline_equality.py
 
 Float32, dropout on, rows of packed documents and padding, the same micro-batches on one device.
 Kept of each case: the loss's relative difference, and the largest difference of a gradient as a
@@ -11,7 +11,6 @@ largest relative difference of a loss. Cases that are in the file already are no
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -22,19 +21,19 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import jax  # noqa: E402
-
 from parallel.pipeline import PipelineConfig  # noqa: E402
 from parallel.schedule_kinds import FORMS  # noqa: E402
 from tests.small import DECODER  # noqa: E402
-from tests.training.test_pipeline import (  # noqa: E402
-    norm,
+from tests.training.stages import (  # noqa: E402
     one_device,
+    shares,
     step,
     ten_losses,
     ten_on_one_device,
 )
 
+RESULT = ROOT / "benchmarks" / "results" / "pipeline_equality.jsonl"
+MEASURED = ("loss", "gradient", "losses")
 MICROBATCHES, ROWS = 8, 32
 MESHES: tuple[dict[str, Any], ...] = (
     dict(pipe=2, data=4),
@@ -77,12 +76,8 @@ def run(case: dict[str, Any]) -> dict[str, float]:
         return {"losses": max(abs(g / w - 1) for g, w in zip(got, want, strict=True))}
     want = one_device(MICROBATCHES, config, ROWS)
     got = step(MICROBATCHES, pipeline=pipeline, **kind, **mesh)
-    floor = 1e-3 * norm(want[1])
-    shares = (
-        norm(g - w) / max(norm(w), floor)
-        for g, w in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True)
-    )
-    return {"loss": abs(float(got[0]["loss"] / want[0]["loss"]) - 1), "gradient": max(shares)}
+    loss = abs(float(got[0]["loss"] / want[0]["loss"]) - 1)
+    return {"loss": loss, "gradient": max(shares(got[1], want[1]).values())}
 
 
 def same(row: dict[str, Any], case: dict[str, Any]) -> bool:
@@ -92,19 +87,16 @@ def same(row: dict[str, Any], case: dict[str, Any]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    file = parser.parse_args().out / "pipeline_equality.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = [json.loads(line) for line in RESULT.read_text().splitlines()] if RESULT.exists() else []
     for case in cases():
         if any(same(row, case) for row in done):
             continue
         row = case | run(case)
         done.append(row)
-        with file.open("a") as out:
+        with RESULT.open("a") as out:
             out.write(json.dumps(row) + "\n")
         print(row, flush=True)
-    for name in ("loss", "gradient", "losses"):
+    for name in MEASURED:
         values = [row[name] for row in done if name in row]
         print(f"{name}: {len(values)} cases, largest difference {max(values):.1e}")
 

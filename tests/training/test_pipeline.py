@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from itertools import cycle
 
@@ -11,57 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import parallel.when
 from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
 from parallel.schedule import KINDS
 from parallel.schedule_kinds import FORMS, make_schedule
-from tests.small import DECODER, B, initial_params, layout
+from tests.small import DECODER, B, layout
+from tests.training.stages import (
+    DEEP,
+    MICROBATCHES,
+    TOLERANCE,
+    assert_same,
+    norm,
+    one_device,
+    step,
+    ten_losses,
+    ten_on_one_device,
+)
 from training import pipelined as pipelined_step
 from training.optim import OptimizerConfig, make_optimizer
 from training.state import create_state
-from training.step import loss_and_grads, make_step
+from training.step import make_step
 
-FLOAT32 = PrecisionConfig()
-TOLERANCE = 1e-5  # as of other layouts, `tests/training/test_layouts.py`
-DEEP = replace(DECODER, layers=4)
-MICROBATCHES = 4
 REMAT = ("full", "none")
-
-
-def step(microbatches=MICROBATCHES, config=DEEP, precision=FLOAT32, scale=1.0, rows=B, **kind):
-    """(sums, gradients) as NumPy; dropout is on, rows hold documents and padding."""
-    with layout(config=config, rows=rows, **kind) as laid:
-        grads_of = jax.jit(loss_and_grads(laid.model, precision, microbatches))
-        params, batch = laid.params(initial_params(config)), laid.batch(rows=rows)
-        sums, grads = grads_of(params, batch, jax.random.key(7), jnp.float32(scale))
-        for grad, names in zip(
-            jax.tree.leaves(grads), jax.tree.leaves(laid.model.axes), strict=True
-        ):
-            assert jax.typeof(grad).sharding.spec == laid.model.rules.of_gradient(names, grad.shape)
-        return jax.tree.map(np.asarray, (sums, grads))
-
-
-@functools.cache
-def one_device(microbatches=MICROBATCHES, config=DEEP, rows=B, precision=FLOAT32, scale=1.0):
-    return step(microbatches, config, precision, scale, rows)
-
-
-def norm(tree) -> float:
-    return float(
-        np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree)))
-    )
-
-
-def assert_same(got, want, tolerance=TOLERANCE):
-    """Sums, and each gradient within `tolerance` of max(its norm, 1e-3 of the global norm)."""
-    assert got[0].keys() == want[0].keys()
-    for name, value in want[0].items():
-        np.testing.assert_allclose(got[0][name], value, rtol=tolerance, err_msg=name)
-    floor = 1e-3 * norm(want[1])
-    for (path, w), g in zip(
-        jax.tree.leaves_with_path(want[1]), jax.tree.leaves(got[1]), strict=True
-    ):
-        assert norm(g - w) <= tolerance * max(norm(w), floor), jax.tree_util.keystr(path)
 
 
 def pipelined(schedule="1f1b", form="", microbatches=MICROBATCHES, config=DEEP, layers=(), **kind):
@@ -133,6 +104,17 @@ def test_chunks_and_weight_gradients_apart_beside_other_axes(schedule, remat):
     assert_same(pipelined(schedule, remat=remat, **mesh), one_device())
 
 
+@pytest.mark.slow
+def test_the_form_for_gpus(monkeypatch):
+    """Loops of one turn or none in place of conditionals, see `parallel/when.py`.
+
+    The last stage's W is fused with its B, the first stage's is not.
+    """
+    want = one_device()
+    monkeypatch.setattr(parallel.when, "platform", lambda: "gpu")
+    assert_same(pipelined("zb_h1", pipe=2, remat="none"), want)
+
+
 # A head of its own, learned positions, layer norm after each sum, and layers of two kinds.
 OTHER = replace(
     DEEP,
@@ -201,23 +183,6 @@ def test_half_precision_is_as_near_to_float32_as_on_one_device(compute, schedule
 
     for g, w in zip(errors(got[1]), errors(want[1]), strict=True):
         assert g <= 1.5 * w
-
-
-def ten_losses(microbatches=MICROBATCHES, config=DEEP, rows=B, **kind):
-    """Losses of a training run, each step on another batch."""
-    with layout(config=config, rows=rows, **kind) as laid:
-        optimizer = make_optimizer(OptimizerConfig(warmup_steps=2), 10, laid.model.axes)
-        state = create_state(laid.model, optimizer, FLOAT32, 0, laid.mesh)
-        rate = lambda _: jnp.float32(0)
-        made = make_step(laid.model, optimizer, rate, FLOAT32, seed=1, micro_steps=microbatches)
-        run, losses = jax.jit(made, donate_argnums=0), []
-        for number in range(10):
-            state, metrics = run(state, laid.batch(number % 3, rows=rows))
-            losses.append(float(metrics["loss"]))
-        return losses
-
-
-ten_on_one_device = functools.cache(ten_losses)
 
 
 @pytest.mark.slow

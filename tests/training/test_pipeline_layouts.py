@@ -12,11 +12,13 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import pipeline_equality
 from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
 from tests.hlo import collectives
 from tests.processes import launch, outputs
 from tests.small import DECODER, initial_params, layout
+from tests.training.stages import TOLERANCE
 from training.checkpoint import CheckpointConfig, Checkpoints
 from training.evaluation import make_eval_step
 from training.optim import OptimizerConfig, make_optimizer
@@ -178,3 +180,13 @@ def test_two_processes_with_a_stage_each_are_one():
         # Gloo sums in another order than XLA does within one process.
         assert losses == pytest.approx(one[0], rel=1e-6)
         assert sums == pytest.approx(one[1], rel=1e-6)
+
+
+def test_the_published_matrix_is_whole_and_within_tolerance():
+    """`benchmarks/pipeline_equality.py`: every schedule, form, mesh and rematerialisation."""
+    rows = [json.loads(line) for line in pipeline_equality.RESULT.read_text().splitlines()]
+    for case in pipeline_equality.cases():
+        (row,) = (row for row in rows if pipeline_equality.same(row, case))
+        found = [row[name] for name in pipeline_equality.MEASURED if name in row]
+        assert found
+        assert max(found) <= TOLERANCE
