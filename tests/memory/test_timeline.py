@@ -104,6 +104,13 @@ def test_the_bubbles_of_the_docs_are_of_this_code():
     assert shown == timeline.bubbles([(4, 8), (4, 16), (8, 24), (8, 64)])
 
 
+def test_the_slots_of_the_docs_are_of_this_code():
+    text = (DOCS.parent / "pipeline.md").read_text()
+    shown = text.split("<!-- slots -->\n")[1].split("<!-- /slots -->")[0]
+    every = [make_schedule(name, 4, 8, form=form) for name in FORMS for form in FORMS[name]]
+    assert shown == timeline.figures(every)
+
+
 def test_the_docs_show_every_drawing():
     text = (DOCS.parent / "pipeline.md").read_text()
     assert [f for f in DOCS.iterdir() if f"(pipeline/{f.name})" not in text] == []
