@@ -127,6 +127,8 @@ def describe(overrides: Overrides) -> str:
         words.append(" ".join([schedule, *each]))
     if (parts := value.pop("pipeline.microbatches", None)) is not None:
         words.append(f"micro-batches {parts}")
+    if (balance := value.pop("pipeline.balance", "equal")) != "equal":
+        words.append(f"balance {balance}")
     if not value.get("pipeline.layers", True):
         value.pop("pipeline.layers")
     policy = value.pop("remat.policy", None)

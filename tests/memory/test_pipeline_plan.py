@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import jax
+import numpy as np
 import pytest
 
 from config_border import with_values
 from configs import tiny
 from layouts import all_rows, make_job, staged
+from memory import pipeline_figures as figures_file
+from memory import tables
 from memory.compiled import compile_step, lower_step
 from memory.hlo import parse
 from memory.hlo_costs import count
 from memory.pipeline_figures import pipeline_figures
+from memory.pipeline_search import pays
 from memory.plan import remedies
 from memory.plan_text import describe
 from memory.predict import predict
 from memory.roofline import actions_of, branch_shares, counted_time, step_time
 from memory.stage_time import action_costs
 from memory.stages import Stages
-from memory.tables import _counted, _whole, table
+from memory.tables import KINDS as ACTIONS
+from memory.tables import ROUNDS, _rows, _whole, table
 from memory.terms import Terms
 from parallel.contract import axes_of
+from parallel.pipeline import PipelineConfig
+from parallel.schedule import B, F
 from parallel.schedule_costs import lockstep
 from parallel.schedule_kinds import FORMS
+from parallel.schedule_orders import from_orders
 from parallel.split import Split
-from parallel.targets import cpu_target, parse_target
+from parallel.targets import parse_target
 
 TARGET = parse_target("cpu:8")
 KINDS = [(name, form) for name, forms in FORMS.items() for form in forms]
@@ -59,7 +66,7 @@ def test_a_long_table_is_what_it_would_be_if_built(name, form):
             short = table(name, stages, number, 0, form)
             built = _whole(name, stages, number, 0, form)
             assert dict(short.capacity) == dict(built.capacity), (stages, number)
-            assert _counted(short) == _counted(built), (stages, number)
+            assert _rows(short) == _rows(built), (stages, number)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
@@ -88,6 +95,40 @@ def test_more_micro_batches_and_wider_forms_wait_less():
 
     assert bubble(pipeline__microbatches=64) < 0.5 * bubble(pipeline__microbatches=8)
     assert bubble(pipeline__schedule="zb_h1") < bubble() < bubble(pipeline__form="lean")
+
+
+@dataclass(frozen=True)
+class Ahead(PipelineConfig):
+    """1F1B with at most `most` micro-batches in flight on the first stage, as docs/pipeline.md."""
+
+    most: int = 2
+
+    def table(self, stages, microbatches=None):
+        m, orders = microbatches or self.microbatches, []
+        for stage in range(stages):
+            held = min(m, max(1, self.most - stage))
+            order = [F(i) for i in range(held)]
+            for i in range(m):
+                order += [B(i)] + [F(held + i)] * (held + i < m)
+            orders.append(order)
+        return from_orders("ahead", orders)
+
+
+def test_a_table_of_ones_own_is_predicted_by_itself():
+    shipped = job_of(pipeline__microbatches=64, data__batch_size=128)
+    own = replace(shipped, pipeline=Ahead(microbatches=64, layers=shipped.pipeline.layers))
+    schedule, stages = own.pipeline.table(4), Stages(Terms(own, TARGET.chip))
+    assert stages.table.capacity["residual"] == 2
+    assert stages.table.name == "ahead"
+    assert stages.table.ticks == len(schedule.ticks)
+    simulated = lockstep(schedule, replace(action_costs(actions_of(own, TARGET)), transfer=0.0))
+    assert step_time(own, TARGET).bubble_seconds == pytest.approx(simulated.bubble, rel=1e-9)
+    assert simulated.bubble > 2 * step_time(shipped, TARGET).bubble_seconds
+    held, usual = (predict(job, TARGET.chip).components for job in (own, shipped))
+    assert held["pipeline buffers: residual"] / usual["pipeline buffers: residual"] == 2 / 7
+    said = pipeline_figures(own, TARGET, {"loss": 1}).grade()
+    assert said["slots"]["residual"] == 2
+    assert (said["schedule"], said["ticks"]) == ("ahead", len(schedule.ticks))
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -174,7 +215,7 @@ def test_a_compiled_step_does_what_is_predicted(name):
 H100 = parse_target("gpu:h100:1x8")
 
 
-def test_a_plan_says_what_the_pipeline_is():
+def test_a_plan_says_what_the_pipeline_is(monkeypatch):
     job = job_of(H100, data__batch_size=64)
     row = {
         "name": "p",
@@ -187,9 +228,16 @@ def test_a_plan_says_what_the_pipeline_is():
     figures = pipeline_figures(job, H100, predict(job, H100.chip).phases)
     assert figures is not None
     said = describe(row | {"pipeline": figures.grade()}, job, H100)
-    assert "pipeline: 1f1b, wide: 4 stages, layers of chunks 2 each; 8 micro-batches" in said
-    assert "slots on every stage: 1 x input, 7 x residual, 1 x cotangent" in said
+    assert "pipeline: 1f1b, wide: 4 stages; 8 micro-batches in 14 ticks" in said
+    assert "  2 layers in each of 4 stages" in said
+    assert "buffers on every stage: 1 x input, 7 x residual, 1 x cotangent" in said
+    uneven = figures.grade() | {"layers": [3, 2, 2, 1]}
+    assert "layers of the stages, in the model's order: 3, 2, 2, 1" in describe(
+        row | {"pipeline": uneven}, job, H100
+    )
     assert figures.drawing().startswith("<svg")
+    monkeypatch.setattr(figures_file, "DRAWN", 95)
+    assert "the 96 actions of this table" in figures.drawing()  # of 4 stages: F, B and W of each
     without = job_of(H100, mesh__pipe=1, mesh__fsdp=8)
     assert pipeline_figures(without, H100, predict(without, H100.chip).phases) is None
 
@@ -221,6 +269,51 @@ def test_the_search_has_pipelines_that_can_run():
         assert not job.optimizer.offload
 
 
+def test_the_search_balances_by_cost_where_that_divides_otherwise():
+    def found(**values):
+        keys = {f"config.{key.replace('__', '.')}": value for key, value in values.items()}
+        config = with_values(tiny.get_config(), {"config.model.layers": 8} | keys)
+        return config, list(staged(config, H100, H100.chip.memory, ()))
+
+    config, layouts = found(model__vocab_size=2048)
+    by_cost = [one for one in layouts if one["config.pipeline.balance"] == "cost"]
+    assert by_cost
+    for overrides in by_cost:
+        equal = make_job(config, H100, overrides | {"config.pipeline.balance": "equal"})
+        balanced = make_job(config, H100, overrides)
+        assert balanced.pipeline.layers != equal.pipeline.layers
+        assert step_time(balanced, H100).seconds < step_time(equal, H100).seconds
+    _, layouts = found(model__vocab_size=128)
+    assert {one["config.pipeline.balance"] for one in layouts} == {"equal"}
+
+
+BETTER = {"interleaved": "wide", "zb_h1": "wide", "1f1b": "single"}
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+def test_forms_that_do_not_pay_are_neither_faster_nor_smaller(stages):
+    """Whatever a stage computes again, and however backward and forward passes compare."""
+    poor = [(name, form) for name, form in KINDS if not pays(name, form, stages)]
+    assert ("interleaved", "single") in poor
+    for name, form in poor:
+        for number in (2 * stages, 8 * stages):
+            one, other = (table(name, stages, number, 0, f) for f in (form, BETTER[name]))
+            assert all(size <= one.capacity[of] for of, size in other.capacity.items())
+            for backward, weight, again in (
+                (1, 1, 0),
+                (1, 1, 1),
+                (2, 1, 1),
+                (0.5, 1, 0),
+                (2, 1, 0),
+            ):
+                kinds = 1, backward + weight + again, backward + again, weight + again
+                costs = {
+                    kind: np.full((stages, one.chunks), float(cost))
+                    for kind, cost in zip(ACTIONS, kinds, strict=True)
+                }
+                assert other.lockstep(costs) <= one.lockstep(costs), (name, form, number, kinds)
+
+
 @pytest.mark.slow
 def test_stages_win_where_links_between_hosts_are_slow_and_the_model_is_large():
     """Few tokens, and heads that no tensor axis divides: all would wait for gathers of weights."""
@@ -245,12 +338,17 @@ def test_stages_win_where_links_between_hosts_are_slow_and_the_model_is_large():
     assert predict(again, target.chip).total_bytes == best["predicted"]["total_bytes"]
 
 
-def test_predictions_are_quick():
-    job = job_of(data__batch_size=256, pipeline__microbatches=64)
-    predict(job, cpu_target(8).chip)
-    times = []
+def test_a_prediction_builds_no_long_table(monkeypatch):
+    built = []
+    whole = tables.counted
+    monkeypatch.setattr(
+        tables, "counted", lambda made: (built.append(made.microbatches), whole(made))[1]
+    )
+    for cached in (tables.table, tables._whole):
+        cached.cache_clear()
+    job = job_of(data__batch_size=8192, pipeline__microbatches=4096)
     for _ in range(5):
-        since = time.perf_counter()
-        predict(job, cpu_target(8).chip)
-        times.append(time.perf_counter() - since)
-    assert min(times) < 0.010
+        predict(job, TARGET.chip)
+        step_time(job, TARGET)
+    assert len(built) == 2
+    assert max(built) <= (ROUNDS + 2) * 4
