@@ -63,8 +63,8 @@ class PipelineFigures:
         actions = sum(1 for _ in self.schedule.actions())
         if actions > DRAWN:
             return (
-                f"Not drawn: the {actions:,} actions of this table are more than the {DRAWN:,} that "
-                "can be told apart. With fewer config.pipeline.microbatches it is drawn."
+                f"Not drawn: the {actions:,} actions of this table are more than the {DRAWN:,} "
+                "that can be told apart. With fewer config.pipeline.microbatches it is drawn."
             )
         unit = float(np.mean(np.array(self.costs.forward))) or 1.0
         scaled = {

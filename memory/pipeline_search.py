@@ -3,9 +3,10 @@
 Stages times schedules times micro-batches times everything else would be too many to predict. So
 what hardly ever pays is left out: gpipe (1f1b waits as long and keeps less), ZeRO level 1 (a
 stage's sums of gradients are float32), an undivided residual stream beside `tensor`, micro-batches
-of more than two rows, and forms that another beats (`pays`). All schedules are looked at only for the `promising` meshes and policies,
-which one schedule tells. And of each number of stages those layouts are kept than which none is
-both faster and smaller: `front`.
+of more than two rows, and forms that another beats (`pays`). All schedules, with layers divided
+equally and by cost, are looked at only for the `promising` meshes and policies, which one schedule
+tells. And of each number of stages those layouts are kept than which none is both faster and
+smaller: `front`.
 """
 
 from __future__ import annotations

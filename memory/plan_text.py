@@ -78,7 +78,7 @@ def _folded(grade: dict[str, Any]) -> dict[str, int]:
     large = {name: size for name, size in components.items() if size >= SMALL * total}
     less = sum(size for size in components.values() if size < 0)
     rest = total - less - sum(large.values())
-    shared = {"counted twice (buffers that share memory)": less} if less else {}
+    shared = {"less buffers that share memory": less} if less else {}
     return large | ({"the rest, all small": rest} if rest else {}) | shared
 
 
@@ -120,7 +120,7 @@ def _pipeline(figures: dict[str, Any] | None) -> list[str]:
         "",
         f"pipeline: {figures['schedule']}: {_many(figures['stages'], 'stage')}; {table}",
         f"  {layers}",
-        f"  bubble: the stage with the most work waits {waits}, as all stages change ticks together",
+        f"  bubble: the stage with the most work waits {waits}, as all change ticks together",
         f"  (lockstep); it would wait {alone} if no stage waited for a tick's end (ideal)",
         f"  buffers on every stage: {kept}",
         "  memory: all stages run one program and have the same buffers; most is needed for "
@@ -129,7 +129,7 @@ def _pipeline(figures: dict[str, Any] | None) -> list[str]:
 
 
 def _many(count: int, what: str) -> str:
-    """ "1 sequence", "2 sequences", "8 micro-batches"."""
+    """A count with its noun: 1 sequence, 2 sequences, 8 micro-batches."""
     return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith("ch") else "s")
 
 

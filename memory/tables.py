@@ -2,7 +2,7 @@
 
 A table in Python takes a second where there are hundreds of micro-batches, and a search asks for
 thousands. So figures are kept, and a long table's are those of two short ones: in the middle every
-further `stages` micro-batches add the same ticks and, where slots grow at all, as many. That is known
+further `stages` micro-batches add the same ticks and, where slots grow at all, as many. That is so
 of the schedules that ship; any other table is built whole and counted.
 """
 

@@ -7,26 +7,23 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import jax
-import numpy as np
 import pytest
 
 from config_border import with_values
 from configs import tiny
-from layouts import all_rows, make_job, staged
+from layouts import make_job
 from memory import pipeline_figures as figures_file
 from memory import tables
 from memory.compiled import compile_step, lower_step
 from memory.hlo import parse
 from memory.hlo_costs import count
 from memory.pipeline_figures import pipeline_figures
-from memory.pipeline_search import pays
 from memory.plan import remedies
 from memory.plan_text import describe
 from memory.predict import predict
 from memory.roofline import actions_of, branch_shares, counted_time, step_time
 from memory.stage_time import action_costs
 from memory.stages import Stages
-from memory.tables import KINDS as ACTIONS
 from memory.tables import ROUNDS, _rows, _whole, table
 from memory.terms import Terms
 from parallel.contract import axes_of
@@ -210,7 +207,7 @@ def test_a_compiled_step_does_what_is_predicted(name):
         assert found == pytest.approx(seconds, rel=0.1, abs=1e-3), axis
 
 
-# --- plans and searches ---------------------------------------------------------------------------
+# --- plans ---------------------------------------------------------------------------
 
 H100 = parse_target("gpu:h100:1x8")
 
@@ -256,86 +253,6 @@ def test_remedies_know_schedules():
     assert "config.train.grad_accumulation" not in keys  # micro-batches are the accumulation
     assert "config.optimizer.offload" not in keys  # refused with stages
     assert all(remedy.saves > 0 for remedy in found)
-
-
-def test_the_search_has_pipelines_that_can_run():
-    config = with_values(tiny.get_config(), {"config.model.layers": 6})
-    found = list(staged(config, H100, H100.chip.memory, ()))
-    assert {one["config.mesh.pipe"] for one in found} == {2, 4}  # not 8: six layers
-    for overrides in found:
-        job = make_job(config, H100, overrides)
-        assert sum(job.pipeline.layers) == 6
-        assert job.pipeline.microbatches >= job.sizes["pipe"]
-        assert not job.optimizer.offload
-
-
-def test_the_search_balances_by_cost_where_that_divides_otherwise():
-    def found(**values):
-        keys = {f"config.{key.replace('__', '.')}": value for key, value in values.items()}
-        config = with_values(tiny.get_config(), {"config.model.layers": 8} | keys)
-        return config, list(staged(config, H100, H100.chip.memory, ()))
-
-    config, layouts = found(model__vocab_size=2048)
-    by_cost = [one for one in layouts if one["config.pipeline.balance"] == "cost"]
-    assert by_cost
-    for overrides in by_cost:
-        equal = make_job(config, H100, overrides | {"config.pipeline.balance": "equal"})
-        balanced = make_job(config, H100, overrides)
-        assert balanced.pipeline.layers != equal.pipeline.layers
-        assert step_time(balanced, H100).seconds < step_time(equal, H100).seconds
-    _, layouts = found(model__vocab_size=128)
-    assert {one["config.pipeline.balance"] for one in layouts} == {"equal"}
-
-
-BETTER = {"interleaved": "wide", "zb_h1": "wide", "1f1b": "single"}
-
-
-@pytest.mark.parametrize("stages", [2, 3, 4, 8])
-def test_forms_that_do_not_pay_are_neither_faster_nor_smaller(stages):
-    """Whatever a stage computes again, and however backward and forward passes compare."""
-    poor = [(name, form) for name, form in KINDS if not pays(name, form, stages)]
-    assert ("interleaved", "single") in poor
-    for name, form in poor:
-        for number in (2 * stages, 8 * stages):
-            one, other = (table(name, stages, number, 0, f) for f in (form, BETTER[name]))
-            assert all(size <= one.capacity[of] for of, size in other.capacity.items())
-            for backward, weight, again in (
-                (1, 1, 0),
-                (1, 1, 1),
-                (2, 1, 1),
-                (0.5, 1, 0),
-                (2, 1, 0),
-            ):
-                kinds = 1, backward + weight + again, backward + again, weight + again
-                costs = {
-                    kind: np.full((stages, one.chunks), float(cost))
-                    for kind, cost in zip(ACTIONS, kinds, strict=True)
-                }
-                assert other.lockstep(costs) <= one.lockstep(costs), (name, form, number, kinds)
-
-
-@pytest.mark.slow
-def test_stages_win_where_links_between_hosts_are_slow_and_the_model_is_large():
-    """Few tokens, and heads that no tensor axis divides: all would wait for gathers of weights."""
-    target = parse_target("gpu:h100:2x8")
-    values = {
-        "model.layers": 32,
-        "model.embed_dim": 8192,
-        "model.mlp_dim": 28672,
-        "model.heads": 1,
-        "model.kv_heads": 1,
-        "model.head_dim": 1024,
-        "data.batch_size": 16,
-        "data.sequence_length": 512,
-        "model.max_length": 512,
-        "precision.compute": "bfloat16",
-    }
-    config = with_values(tiny.get_config(), {f"config.{k}": v for k, v in values.items()})
-    rows = all_rows(config, target, target.chip.memory)
-    best = next(row for row in rows if row["fits"])
-    assert best["overrides"]["config.mesh.pipe"] > 1
-    again = make_job(config, target, best["overrides"])
-    assert predict(again, target.chip).total_bytes == best["predicted"]["total_bytes"]
 
 
 def test_a_prediction_builds_no_long_table(monkeypatch):
