@@ -115,9 +115,14 @@ def staged(
     for stages, each in found.items():
         known: list[tuple[float, float, Overrides]] = []
         for fixed, job in promising(each, limit_bytes):
+            layers: tuple[int, ...] = ()
             for table in tables(stages, rows_of(config, fixed), periods):
                 assert job.pipeline is not None
                 other = job.with_pipeline(replace(job.pipeline, **table))
+                assert other.pipeline is not None
+                if table["balance"] != "equal" and other.pipeline.layers == layers:
+                    continue  # by cost as by number
+                layers = other.pipeline.layers
                 size = predict(other, target.chip).total_bytes
                 keys = fixed | pipeline_keys(table)
                 known.append((step_time(other, target).seconds, size, keys))

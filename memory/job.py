@@ -69,8 +69,8 @@ class Job:
           ValueError: the schedule is none for these stages, or the layers none for its chunks.
         """
         stages, model = self.sizes[PIPE], self.model
-        # Only the chunks' places count, which the smallest table has as the whole one has.
-        shortest = replace(pipeline, microbatches=stages)
+        # Only the chunks' places count, which the schedule's smallest table has, in any form.
+        shortest = replace(pipeline, microbatches=stages, form="")
         layers, in_rows = _divided(shortest, stages, model, self.sequence_length)
         rules = replace(self.rules, rows=in_rows)
         return replace(

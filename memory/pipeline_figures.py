@@ -31,7 +31,7 @@ class PipelineFigures:
       costs: predicted seconds of its actions.
       layers: of each chunk, in the model's order.
       slots: buffer -> slots on every stage.
-      decides: whose phase needs most memory.
+      decides: what needs most memory.
     """
 
     schedule: Schedule
@@ -60,8 +60,12 @@ class PipelineFigures:
 
     def drawing(self) -> str:
         """The timeline as an `<svg>`, or why there is none; a unit is an average forward."""
-        if sum(1 for _ in self.schedule.actions()) > DRAWN:
-            return ""
+        actions = sum(1 for _ in self.schedule.actions())
+        if actions > DRAWN:
+            return (
+                f"Not drawn: the {actions:,} actions of this table are more than the {DRAWN:,} "
+                "that can be told apart. With fewer config.pipeline.microbatches it is drawn."
+            )
         unit = float(np.mean(np.array(self.costs.forward))) or 1.0
         scaled = {
             name: (np.array(getattr(self.costs, name)) / unit).round(2).tolist()
@@ -86,5 +90,5 @@ def pipeline_figures(job: Job, target: Target, phases: Mapping[str, int]) -> Pip
         action_costs(actions),
         stages.division,
         {name: size for name, size in stages.table.capacity.items() if size},
-        STAGE_OF.get(largest, "every stage"),
+        STAGE_OF.get(largest, "what every stage does"),
     )

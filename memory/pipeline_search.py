@@ -3,18 +3,21 @@
 Stages times schedules times micro-batches times everything else would be too many to predict. So
 what hardly ever pays is left out: gpipe (1f1b waits as long and keeps less), ZeRO level 1 (a
 stage's sums of gradients are float32), an undivided residual stream beside `tensor`, micro-batches
-of more than two rows. All schedules are looked at only for the `promising` meshes and policies,
-which one schedule tells. And of each number of stages those layouts are kept than which none is
-both faster and smaller: `front`.
+of more than two rows, and forms that another beats (`pays`). All schedules, with layers divided
+equally and by cost, are looked at only for the `promising` meshes and policies, which one schedule
+tells. And of each number of stages those layouts are kept than which none is both faster and
+smaller: `front`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any, TypeVar
 
 from memory.search import Overrides, powers_of_two
 from parallel.mesh import AXES
+from parallel.pipeline import BALANCES
 from parallel.schedule_kinds import FORMS
 
 ROWS = 2  # of a micro-batch on a device, at most
@@ -58,7 +61,8 @@ def staged_meshes(
 
 
 def tables(stages: int, rows: int, periods: int) -> Iterator[dict[str, Any]]:
-    """Schedules with form and micro-batches, as keys of `config.pipeline`.
+    """Schedules with form, micro-batches and balance, as keys of `config.pipeline`; of two that
+    differ in balance alone, the equal one comes first.
 
     Args:
       rows: of a step on one device.
@@ -68,18 +72,36 @@ def tables(stages: int, rows: int, periods: int) -> Iterator[dict[str, Any]]:
         chunks = 2 if schedule in ("interleaved", "zb_v") else 1
         if schedule == "gpipe" or stages * chunks > periods:
             continue
-        for form in forms:
-            for size in powers_of_two(rows):
-                number = rows // size
-                wanted = stages if schedule == "interleaved" else 1
-                if size <= ROWS and number >= stages and number % wanted == 0:
-                    yield {
-                        "schedule": schedule,
-                        "form": form,
-                        "microbatches": number,
-                        "chunks": 0,
-                        "layers": (),
-                    }
+        sizes = [size for size in powers_of_two(rows) if size <= ROWS and rows // size >= stages]
+        for form, size in product(forms, sizes):
+            number = rows // size
+            uneven = schedule == "interleaved" and number % stages
+            if uneven or not pays(schedule, form, stages):
+                continue
+            for balance in BALANCES:
+                yield {
+                    "schedule": schedule,
+                    "form": form,
+                    "microbatches": number,
+                    "chunks": 0,
+                    "balance": balance,
+                    "layers": (),
+                }
+
+
+def pays(schedule: str, form: str, stages: int) -> bool:
+    """Whether a form can be faster or smaller than the other forms of its schedule."""
+    if (schedule, form) == ("interleaved", "single"):
+        return False  # holds as many residuals as wide, and sends twice as often
+    if (schedule, form) == ("zb_h1", "lean"):
+        return stages > 2  # else as many residuals as wide, one more that waits for W, more ticks
+    if (schedule, form) == ("1f1b", "lean"):
+        # Holds what single does. A micro-batch takes 2 - 1 / stages of its ticks, each an F and a
+        # backward pass, where it takes two of single, each a backward pass at most. So it is faster
+        # from 2 stages - 1 forwards a backward pass on, of which there are four at most: two for
+        # gradients, one computed again, and attention's products twice.
+        return stages < 4
+    return True
 
 
 def promising(items: Sequence[tuple[float, float, Item]], limit: int) -> list[Item]:

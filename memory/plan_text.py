@@ -19,7 +19,7 @@ def describe(row: Row, job: Job, target: Target) -> str:
     batch = f"{job.batch_size} x {job.sequence_length} tokens a step"
     lines = [
         f"{target.name}: {target.device_count} devices; {row['name']}",
-        f"{batch}, {job.rows} sequences at a time on each device",
+        f"{batch}, {_many(job.rows, 'sequence')} at a time on each device",
         "",
         *_table(row),
         "",
@@ -68,12 +68,18 @@ def _table(row: Row) -> list[str]:
 
 
 def _folded(grade: dict[str, Any]) -> dict[str, int]:
-    """Components, the small ones as one."""
+    """Components, the small ones as one; they add up to the total.
+
+    A compiler may let buffers share memory that are alive together by the order of instructions.
+    Then its total is less than their sum, and packing is negative.
+    """
     components = grade.get("components") or {}
     total = sum(components.values())
     large = {name: size for name, size in components.items() if size >= SMALL * total}
-    rest = total - sum(large.values())
-    return large | ({"the rest": rest} if rest else {})
+    less = sum(size for size in components.values() if size < 0)
+    rest = total - less - sum(large.values())
+    shared = {"less buffers that share memory": less} if less else {}
+    return large | ({"the rest, all small": rest} if rest else {}) | shared
 
 
 def _time(row: Row, job: Job) -> list[str]:
@@ -98,23 +104,33 @@ def _pipeline(figures: dict[str, Any] | None) -> list[str]:
     """What a pipeline's table is, what it waits for, and what it keeps."""
     if figures is None:
         return []
-    layers = " ".join(map(str, figures["layers"]))
+    chunks = "stages" if figures["chunks"] == 1 else "chunks"
+    numbers = ", ".join(map(str, figures["layers"]))
+    layers = f"layers of the {chunks}, in the model's order: {numbers}"
     if len(set(figures["layers"])) == 1:
-        layers = f"{figures['layers'][0]} each"
+        each, number = _many(figures["layers"][0], "layer"), len(figures["layers"])
+        layers = f"{each} in each of {number} {chunks}"
     kept = ", ".join(f"{count} x {name}" for name, count in figures["slots"].items())
-    stages = f"{figures['stages']} stages, layers of chunks {layers}"
-    table = f"{figures['microbatches']} micro-batches in {figures['ticks']} ticks"
+    table = f"{_many(figures['microbatches'], 'micro-batch')} in {_many(figures['ticks'], 'tick')}"
     waits, alone = (
         f"{figures[f'bubble_{way}']:.1%} of {_seconds(figures[f'seconds_{way}'])}"
         for way in ("lockstep", "ideal")
     )
     return [
         "",
-        f"pipeline: {figures['schedule']}: {stages}; {table}",
-        f"  the fullest stage waits {waits} in ticks (lockstep); by themselves (ideal), {alone}",
-        f"  slots on every stage: {kept}",
-        f"  memory is the same on all stages, one program; it is decided by {figures['decides']}",
+        f"pipeline: {figures['schedule']}: {_many(figures['stages'], 'stage')}; {table}",
+        f"  {layers}",
+        f"  bubble: the stage with the most work waits {waits}, as all change ticks together",
+        f"  (lockstep); it would wait {alone} if no stage waited for a tick's end (ideal)",
+        f"  buffers on every stage: {kept}",
+        "  memory: all stages run one program and have the same buffers; most is needed for "
+        + figures["decides"],
     ]
+
+
+def _many(count: int, what: str) -> str:
+    """A count with its noun: 1 sequence, 2 sequences, 8 micro-batches."""
+    return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith("ch") else "s")
 
 
 def _seconds(seconds: float) -> str:

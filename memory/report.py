@@ -93,7 +93,7 @@ def plan_html(row: Row, timeline: Sequence[Any], buffers: Sequence[Any], schedul
       timeline: (position in the step from 0 to 1, {component: bytes}), of the temporaries of the
         compiled program.
       buffers: {"bytes", "shape", "component", "source"} of the largest ones.
-      schedule: the drawing of a pipeline's timeline, an `<svg>`.
+      schedule: the drawing of a pipeline's timeline, an `<svg>`, or why there is none.
     """
     grades = [
         {"name": name} | _bar(row[name], row[name])

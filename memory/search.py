@@ -103,11 +103,8 @@ def remat_choices(own: Overrides, host_memory: bool) -> list[Overrides]:
 
 def widest_tensor(target: Target) -> int:
     """Devices that fast links join: a host of GPUs, a side of a TPU's torus."""
-    return (
-        max(target.devices_per_host, *target.shape)
-        if target.chip.kind == "tpu"
-        else (target.devices_per_host)
-    )
+    tpu = target.chip.kind == "tpu"
+    return max(target.devices_per_host, *target.shape) if tpu else target.devices_per_host
 
 
 def describe(overrides: Overrides) -> str:
@@ -122,11 +119,12 @@ def describe(overrides: Overrides) -> str:
     schedule, form = value.pop("pipeline.schedule", None), value.pop("pipeline.form", "")
     if schedule is not None:
         chunks = value.pop("pipeline.chunks", 0)
-        each = [form] if form else []
-        each += [f"{chunks} chunks"] if chunks else []
-        words.append(" ".join([schedule, *each]))
+        each = [schedule, form, f"{chunks} chunks" if chunks else ""]
+        words.append(" ".join(filter(None, each)))
     if (parts := value.pop("pipeline.microbatches", None)) is not None:
         words.append(f"micro-batches {parts}")
+    if (balance := value.pop("pipeline.balance", "equal")) != "equal":
+        words.append(f"balance {balance}")
     if not value.get("pipeline.layers", True):
         value.pop("pipeline.layers")
     policy = value.pop("remat.policy", None)

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from memory.job import Job
 from memory.rings import kept, pending
-from memory.tables import Table, table
+from memory.tables import Table, table_for
 from memory.terms import Terms
 from models.block import RESIDUAL
 from parallel.footprint import ITEM, Activation
@@ -150,12 +150,5 @@ def table_of(job: Job) -> Table:
     Raises:
       ValueError: the schedule is none for these stages and micro-batches.
     """
-    pipeline = job.pipeline
-    assert pipeline is not None
-    return table(
-        pipeline.schedule,
-        job.sizes[PIPE],
-        job.micro_steps,
-        pipeline.chunks,
-        pipeline.form,
-    )
+    assert job.pipeline is not None
+    return table_for(job.pipeline, job.sizes[PIPE], job.micro_steps)

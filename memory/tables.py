@@ -2,7 +2,8 @@
 
 A table in Python takes a second where there are hundreds of micro-batches, and a search asks for
 thousands. So figures are kept, and a long table's are those of two short ones: in the middle every
-further `stages` micro-batches add the same ticks and, where slots grow at all, as many.
+further `stages` micro-batches add the same ticks and, where slots grow at all, as many. That is so
+of the schedules that ship; any other table is built whole and counted.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import cache, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from parallel.pipeline import PipelineConfig
 from parallel.schedule import Schedule
 from parallel.schedule_kinds import make_schedule
 from parallel.schedule_program import make_program
@@ -96,6 +98,27 @@ class Table:
         return total
 
 
+def table_for(pipeline: PipelineConfig, stages: int, microbatches: int) -> Table:
+    """The figures of the table that a pipeline runs.
+
+    Raises:
+      ValueError: see `PipelineConfig.table`.
+    """
+    schedule, chunks, form = pipeline.schedule, pipeline.chunks, pipeline.form
+    by_name = PipelineConfig(
+        schedule, pipeline.microbatches, chunks, form, pipeline.balance, pipeline.layers
+    )
+    # A subclass, and whatever else a config says of its table, is not equal to that.
+    if pipeline == by_name:
+        return table(schedule, stages, microbatches, chunks, form)
+    return _own(pipeline, stages, microbatches)
+
+
+@lru_cache(maxsize=256)
+def _own(pipeline: PipelineConfig, stages: int, microbatches: int) -> Table:
+    return counted(pipeline.table(stages, microbatches))
+
+
 @lru_cache(maxsize=4096)
 def table(schedule: str, stages: int, microbatches: int, chunks: int, form: str) -> Table:
     """The figures of a schedule by name; `chunks` 0 and `form` "" are those that it usually has.
@@ -110,8 +133,8 @@ def table(schedule: str, stages: int, microbatches: int, chunks: int, form: str)
     one = _whole(schedule, stages, long, chunks, form)
     two = _whole(schedule, stages, long + stages, chunks, form)
     more = (microbatches - long) // stages
-    rows = _counted(one)
-    for row, count in _counted(two).items():
+    rows = _rows(one)
+    for row, count in _rows(two).items():
         rows[row] += more * (count - rows[row])
     rows = Counter({row: count for row, count in rows.items() if count})
     capacity = {
@@ -122,8 +145,12 @@ def table(schedule: str, stages: int, microbatches: int, chunks: int, form: str)
 
 @cache
 def _whole(schedule: str, stages: int, microbatches: int, chunks: int, form: str) -> Table:
-    """The figures of a table that is built."""
-    made: Schedule = make_schedule(schedule, stages, microbatches, chunks or None, form or None)  # type: ignore[arg-type]
+    """The figures of a shipped schedule's table that is built."""
+    return counted(make_schedule(schedule, stages, microbatches, chunks or None, form or None))  # type: ignore[arg-type]
+
+
+def counted(made: Schedule) -> Table:
+    """The figures of any table."""
     program = make_program(made)
     rows: Counter[Row] = Counter()
     for tick in made.ticks:
@@ -143,9 +170,10 @@ def _whole(schedule: str, stages: int, microbatches: int, chunks: int, form: str
         rows[tuple(row)] += 1
     sends = sum(any(a != b for a, b in transfer.pairs) for transfer in program.transfers)
     empty = np.empty(0, np.int64)
-    frame = Table(made.name, stages, microbatches, made.chunks, made.path, {}, empty, empty, sends)
+    p, m, v = made.stages, made.microbatches, made.chunks
+    frame = Table(made.name, p, m, v, made.path, {}, empty, empty, sends)
     capacity = {buffer: program.slots.capacity(buffer) for buffer in BUFFERS}
-    return _table(frame, microbatches, capacity, rows)
+    return _table(frame, m, capacity, rows)
 
 
 def _table(
@@ -164,7 +192,7 @@ def _table(
     )
 
 
-def _counted(of: Table) -> Counter[Row]:
+def _rows(of: Table) -> Counter[Row]:
     rows: Counter[Row] = Counter()
     for row, count in zip(of.cells.tolist(), of.often.tolist(), strict=True):
         rows[tuple(tuple(cell) for cell in row)] = count

@@ -140,6 +140,18 @@ def test_three_grades_stand_side_by_side(planned, compiler, monkeypatch):
     assert re.search(r"^step, predicted: .* tokens/s, MFU ", out, re.MULTILINE)
 
 
+def test_buffers_that_share_memory_are_a_line_of_their_own(planned, compiler):
+    """The compiler's total may be less than what is alive together by the text of its program."""
+    sizes = {"state and batch": 900, "gradients": 800, "other": 4, "packing": -8}
+    compiler(total_bytes=1696 * 1024, components={k: v * 1024 for k, v in sizes.items()})
+    out, _ = planned("--compile")
+    read = table(out)["compiled"]
+    assert read["less buffers that share memory"] == pytest.approx(-8 * 1024, abs=600)
+    assert read["the rest, all small"] == pytest.approx(4 * 1024, abs=600)
+    total = read.pop("total")
+    assert sum(read.values()) == pytest.approx(total, abs=2000)
+
+
 def test_a_run_out_of_memory_leaves_the_other_grades(planned, monkeypatch):
     def measure(job):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
