@@ -64,7 +64,7 @@ def figures(schedules: Iterable[Schedule], costs: Costs = UNIT) -> str:
         row = [
             *(schedule.name, str(len(schedule.ticks)), f"{alone.bubble:g}"),
             *(f"{max(alone.gaps):g}", f"{ticks.bubble:g}"),
-            *(_list(in_flight(schedule, "B")), _list(in_flight(schedule, "W"))),
+            *(_list(in_flight(schedule, "B")), _list(ticks.in_flight)),
             _list(slots(schedule).counts["residual"]),
         ]
         lines.append(f"| {' | '.join(row)} |")
@@ -82,8 +82,8 @@ def bubbles(sizes: Sequence[tuple[int, int]], costs: Costs = UNIT) -> str:
         for form in forms:
             made = [make_schedule(name, p, m, form=form) for p, m in sizes]
             cells = [
-                f"{ideal(s, costs).bubble:g}, {lockstep(s, costs).bubble:g} ({max(in_flight(s)):g})"
-                for s in made
+                f"{alone.bubble:g}, {ticks.bubble:g} ({max(ticks.in_flight):g})"
+                for alone, ticks in ((ideal(s, costs), lockstep(s, costs)) for s in made)
             ]
             lines.append(f"| {made[0].name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

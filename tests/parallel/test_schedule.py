@@ -161,7 +161,7 @@ def test_what_a_schedule_cannot_do_is_refused_by_its_config_key(arguments, why):
 
 def test_schedules_are_plain_python():
     files = sorted(Path(parallel.schedule.__file__).parent.glob("schedule*.py"))
-    assert len(files) == 6
+    assert len(files) == 7
     for file in files:
         names = {
             name
