@@ -47,7 +47,7 @@ class PipelineConfig:
       chunks: of a stage's layers; 0 for what the schedule usually has.
       form: of the schedule, `wide`, `lean` or `single`; empty for its first.
       balance: `equal`: as many layers in every chunk where that divides, else as `cost`: so that
-        the most loaded stage does as little as can be, the loss head counted.
+        the most loaded stage does as little as can be, embedding and loss head counted.
       layers: of every chunk, in the order of the model; () leaves them to `balance`.
       orders: a Python file whose orders of actions are the schedule, in place of `schedule`, `form`
         and `chunks`; see `parallel/schedule_file.py`.

@@ -98,8 +98,10 @@ def test_what_does_not_fit_is_left_out_with_a_line(capsys):
     titles, left_out = drawn(capsys, "--stages=4", "--microbatches=6")
     assert len(titles) == sum(map(len, FORMS.values())) - len(FORMS["interleaved"])
     assert left_out == [
-        "left out: config.pipeline.microbatches = 6: interleaved needs a multiple of the 4 stages, "
-        "such as 4 or 8"
+        (
+            "left out: config.pipeline.microbatches = 6: interleaved needs a multiple of the 4 "
+            "stages, such as 4 or 8"
+        )
     ]
     titles, left_out = drawn(capsys, "--stages=4", "--microbatches=2")
     assert titles == ["gpipe"]
