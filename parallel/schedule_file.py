@@ -72,11 +72,15 @@ def _checked(given: Any, call: str, stages: int) -> list[list[Action]]:
     if len(given) != stages:
         raise ValueError(f"{call} has {len(given)} stages; config.mesh.pipe = {stages}; {right}")
     for stage, order in enumerate(given):
-        for action in order if isinstance(order, list | tuple) else [order]:
-            numbers = action[1:] if isinstance(action, Action) else [None]
-            if not all(isinstance(number, Integral) for number in numbers):
-                raise ValueError(f"{call} has {action!r} on stage {stage}; {right}")
+        listed = isinstance(order, list | tuple) and not isinstance(order, Action)
+        wrong = [one for one in order if not _is_action(one)] if listed else [order]
+        if wrong:
+            raise ValueError(f"{call} has {wrong[0]!r} on stage {stage}; {right}")
     return [list(order) for order in given]
+
+
+def _is_action(one: Any) -> bool:
+    return isinstance(one, Action) and all(isinstance(number, Integral) for number in one[1:])
 
 
 @contextmanager

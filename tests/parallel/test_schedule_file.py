@@ -85,7 +85,7 @@ def orders(returned: str) -> str:
         (
             orders("[[a for i in range(m) for a in (F(i), B(i))], [F(0), B(0)]]"),
             (
-                "schedule 'mine', tick 3, stage 0: B of micro-batch 1, chunk 0 waits for B of "
+                "schedule 'mine', tick 4, stage 0: B of micro-batch 1, chunk 0 waits for B of "
                 "micro-batch 1, chunk 0 on stage 1, which is in no order"
             ),
         ),
