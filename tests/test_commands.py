@@ -64,8 +64,8 @@ STAGES = (
             "fsdp 4",
         ),
         # What the training would want of a schedule is not asked.
-        (8, (*STAGES, "--config.mesh.data=4", "--config.mesh.pipe=2"), "data 4 x pipe 2"),
-        (8, (*STAGES, "--config.mesh.data=2", "--config.mesh.pipe=4"), "data 2 x pipe 4"),
+        (8, (*STAGES, "--config.mesh.data=4", "--config.mesh.pipe=2"), "pipe 2 x data 4"),
+        (8, (*STAGES, "--config.mesh.data=2", "--config.mesh.pipe=4"), "pipe 4 x data 2"),
     ],
 )
 def test_overrides_reach_evaluation(trained, devices, mesh, shown):
