@@ -5,6 +5,7 @@
         --config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.tensor=2
 
 The config is that of the workdir. Moments are not read: parameters alone are restored.
+Schedule and micro-batches are the training's: nothing is asked of them here.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main(config: Any, workdir: Path, step: int | None) -> None:
     from training.state import abstract_params, shardings_of
 
     keep_compiled()
-    experiment = read_experiment(config, jax.device_count())
+    experiment = read_experiment(config, jax.device_count(), training=False)
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         model = experiment.build_model()

@@ -11,8 +11,7 @@ from data.config import DataConfig
 from memory.job import Job
 from memory.plan import MemoryConfig
 from models.config import DecoderConfig
-from models.flops import flops_by_layer, head_flops
-from parallel.division import Costs
+from models.part_costs import part_costs
 from parallel.mesh import MeshConfig
 from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
@@ -71,15 +70,19 @@ class Experiment:
     eval: EvalConfig
     logging: LoggingConfig
     memory: MemoryConfig
+    training: bool = True  # or evaluation alone, which has no schedule and no micro-batches
+    pipeline_notes: tuple[str, ...] = ()  # of `pipeline.without_effect`, as it was given
 
     @property
     def staged(self) -> bool:
-        """Whether the layers are divided over the stages of a pipeline."""
-        return self.mesh.pipe > 1
+        """Whether a step goes through the stages of a pipeline."""
+        return self.mesh.pipe > 1 and self.training
 
     @property
     def micro_steps(self) -> int:
         """Parts of a step's batch whose gradients are summed."""
+        if not self.training:
+            return 1
         return self.pipeline.microbatches if self.staged else self.train.grad_accumulation
 
     def rules(self) -> Rules:
@@ -89,7 +92,7 @@ class Experiment:
         if batch % micro:
             raise ValueError(
                 f"config.data.batch_size = {batch} does not divide by config.{of} = {micro}; "
-                f"choose a multiple of {micro}"
+                f"choose a multiple of {micro}, or for config.{of} {self._near(micro)}"
             )
         key = "config.data.batch_size" + (
             f" / config.{of} = {batch} / {micro}" if micro > 1 else ""
@@ -100,10 +103,18 @@ class Experiment:
         }
         return make_rules(self.parallel, self.mesh.sizes(), dims, rows=self.in_rows())
 
+    def _near(self, micro: int) -> str:
+        """The numbers of micro-batches next to `micro` that the batch allows."""
+        batch, copies = self.data.batch_size, self.mesh.data * self.mesh.fsdp
+        rows = batch if batch % copies else batch // copies  # of each copy, which divide, too
+        right = [n for n in range(1, rows + 1) if rows % n == 0]
+        near = [*[n for n in right if n < micro][-1:], *[n for n in right if n > micro][:1]]
+        return " or ".join(map(str, near))
+
     def in_rows(self) -> bool:
-        """Whether the layers lie at rest as the stages use them."""
+        """Whether the layers lie at rest as the stages use them, or in evaluation if they can."""
         if not self.staged:
-            return True
+            return self.model.layers % self.mesh.pipe == 0
         schedule = self.pipeline.table(self.mesh.pipe)
         layers, period = self.model.layers, len(self.model.pattern)
         return self.pipeline.division(schedule, layers, period).in_rows(schedule)
@@ -163,6 +174,7 @@ class Experiment:
             notes.append(
                 "config.optimizer.offload has no effect: XLA:CPU keeps everything in host memory"
             )
+        notes += self.pipeline_notes
         if self.staged and self.model.unroll > 1:
             notes.append("config.model.unroll has no effect: config.mesh.pipe is not 1")
         if self.precision.accumulate != "float32" and self.micro_steps == 1 and not self.staged:
@@ -172,8 +184,13 @@ class Experiment:
         return notes
 
 
-def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
+def read_experiment(config: ConfigDict, device_count: int, *, training: bool = True) -> Experiment:
     """The typed config.
+
+    Args:
+      config: complete, as `config_border` gives it.
+      device_count: over which a mesh axis of -1 is resolved.
+      training: whether a step is to be run; what it alone wants is not asked of an evaluation.
 
     Raises:
       ValueError: naming the key, its value and what would be right.
@@ -199,6 +216,7 @@ def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
         eval=build(EvalConfig, config.eval, "config.eval"),
         logging=build(LoggingConfig, config.logging, "config.logging"),
         memory=build(MemoryConfig, config.memory, "config.memory"),
+        training=training,
     )
     length, longest = experiment.data.sequence_length, experiment.model.max_length
     if length > longest:
@@ -212,6 +230,8 @@ def read_experiment(config: ConfigDict, device_count: int) -> Experiment:
             f"config.checkpoint.best = {best!r}: choose one of {', '.join(RESULTS)}; the step "
             f"with the lowest is kept"
         )
+    notes = experiment.pipeline.without_effect(experiment.mesh.pipe)
+    experiment = replace(experiment, pipeline_notes=tuple(notes))
     if experiment.staged:
         check_pipeline(experiment)
         experiment = replace(experiment, pipeline=divided(experiment))
@@ -245,13 +265,13 @@ def check_pipeline(experiment: Experiment) -> None:
 
 
 def divided(experiment: Experiment) -> PipelineConfig:
-    """The pipeline with the layers of every chunk; a head counts as many as its FLOPs say.
+    """The pipeline with the layers of every chunk.
 
     Raises:
       ValueError: of `PipelineConfig.division`.
     """
     model, pipeline = experiment.model, experiment.pipeline
-    costs = Costs(flops_by_layer(model, experiment.data.sequence_length), last=head_flops(model))
+    costs = part_costs(model, experiment.data.sequence_length, experiment.remat)
     schedule = pipeline.table(experiment.mesh.pipe)
     division = pipeline.division(schedule, model.layers, len(model.pattern), costs)
     return replace(pipeline, layers=division.layers)

@@ -135,8 +135,8 @@ def rows_of(config: ConfigDict, mesh: Overrides) -> int:
 
 
 def pipeline_keys(table: dict[str, Any]) -> Overrides:
-    """The overrides of a table's keys."""
-    return {f"config.pipeline.{key}": value for key, value in table.items()}
+    """The overrides of a table's keys; a schedule of one's own gives way, as the rest does."""
+    return {f"config.pipeline.{key}": value for key, value in ({"orders": ""} | table).items()}
 
 
 def grid_rows(

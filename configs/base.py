@@ -84,6 +84,7 @@ def get_config() -> ConfigDict:
     )
     pipeline.balance = "equal"  # layers of chunks: equal (else by cost) | cost: the head counts
     pipeline.layers = ()  # of every chunk in the model's order; (): as balance says
+    pipeline.orders = ""  # a Python file with a schedule of your own; docs/pipeline.md
 
     config.precision = precision = (
         ConfigDict()

@@ -1,12 +1,13 @@
 """Drawings of pipeline schedules: what every stage does, over time, as text, SVG, HTML and PNG.
 
 Commands: python -m memory.timeline --stages=4 --microbatches=8 --out=docs/pipeline [--png]
+          python -m memory.timeline --schedule=zb_v --stages=4 --microbatches=6
           python -m memory.timeline --bubbles 4x8 4x16 8x24 8x64
 
-Writes NAME.svg (with --png NAME.png, which wants the dev extra) for every schedule and form, and
-prints each as text and the table of all their figures. A drawing has two panels with one scale of
-time: lockstep, the ticks of one program, and ideal, the stages by themselves; see
-`parallel/schedule_costs.py`. The command's costs are units of F = B = W.
+Writes NAME.svg (with --png NAME.png, which wants the dev extra) for every schedule and form, for
+one --schedule, or for the --orders of a file; prints each as text and the table of all figures. A
+drawing has two panels with one scale of time: lockstep, the ticks of one program, and ideal, the
+stages by themselves; see `parallel/schedule_costs.py`. Costs are units of F = B = W.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from typing import Any
 
 from parallel.schedule import Action, Schedule
 from parallel.schedule_costs import UNIT, Costs, Span, Timing, ideal, lockstep
+from parallel.schedule_file import read_schedule
 from parallel.schedule_kinds import FORMS, make_schedule
 from parallel.schedule_slots import in_flight, slots
 
+Lines = Iterable[str]
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/); later chunks are paler.
 COLOURS = {"F": "#56B4E9", "B": "#E69F00", "W": "#009E73"}
 MEANING = {"F": "forward", "B": "gradient by input", "W": "gradient by weights"}
@@ -64,7 +67,7 @@ def figures(schedules: Iterable[Schedule], costs: Costs = UNIT) -> str:
         row = [
             *(schedule.name, str(len(schedule.ticks)), f"{alone.bubble:g}"),
             *(f"{max(alone.gaps):g}", f"{ticks.bubble:g}"),
-            *(_list(in_flight(schedule, "B")), _list(in_flight(schedule, "W"))),
+            *(_list(in_flight(schedule, "B")), _list(ticks.in_flight)),
             _list(slots(schedule).counts["residual"]),
         ]
         lines.append(f"| {' | '.join(row)} |")
@@ -76,14 +79,14 @@ def bubbles(sizes: Sequence[tuple[int, int]], costs: Costs = UNIT) -> str:
 
     In parentheses the most micro-batches that a stage has in flight, from F to W.
     """
-    lines = ["| schedule |" + "".join(f" p {p}, m {m} |" for p, m in sizes)]
-    lines.append("| --- |" + " --- |" * len(sizes))
+    head = "".join(f" p {p}, m {m} |" for p, m in sizes)
+    lines = [f"| schedule |{head}", "| --- |" + " --- |" * len(sizes)]
     for name, forms in FORMS.items():
         for form in forms:
             made = [make_schedule(name, p, m, form=form) for p, m in sizes]
             cells = [
-                f"{ideal(s, costs).bubble:g}, {lockstep(s, costs).bubble:g} ({max(in_flight(s)):g})"
-                for s in made
+                f"{alone.bubble:g}, {ticks.bubble:g} ({max(ticks.in_flight):g})"
+                for alone, ticks in ((ideal(s, costs), lockstep(s, costs)) for s in made)
             ]
             lines.append(f"| {made[0].name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -159,9 +162,7 @@ def _drawn(schedule: Schedule, costs: Costs, *, alone: bool) -> str:
     return "\n".join([*parts, *_legend(schedule, idle, height - 8), "</svg>\n"])
 
 
-def _panel(
-    schedule: Schedule, timing: Timing, idle: str, top: float, scale: float
-) -> Iterable[str]:
+def _panel(schedule: Schedule, timing: Timing, idle: str, top: float, scale: float) -> Lines:
     """One simulation: what is idle, a path for the boxes of each colour, and their numbers."""
     for stage in range(schedule.stages):
         y, all_time = top + stage * (ROW + GAP), _n(timing.time * scale)
@@ -172,12 +173,11 @@ def _panel(
     for span in timing.spans:
         x, y = LEFT + span.start * scale, top + span.stage * (ROW + GAP)
         width = (span.end - span.start) * scale
-        colour = _colour(span.action, schedule.chunks)
-        box = f"M{_n(x + 0.5)} {y}h{_n(width - 1)}v{ROW}h{_n(1 - width)}z"
-        boxes[colour] = boxes.get(colour, "") + box
+        boxes.setdefault(colour := _colour(span.action, schedule.chunks), "")
+        boxes[colour] += f"M{_n(x + 0.5)} {y}h{_n(width - 1)}v{ROW}h{_n(1 - width)}z"
         if _roomy(span, scale):
-            middle = _n(x + width / 2)
-            numbers += f'<text x="{middle}" y="{y + 14}">{span.action.microbatch}</text>'
+            place = f'x="{_n(x + width / 2)}" y="{y + 14}"'
+            numbers += f"<text {place}>{span.action.microbatch}</text>"
     yield from (f'<path fill="{colour}" d="{d}"/>' for colour, d in boxes.items())
     bottom = top + schedule.stages * (ROW + GAP) - GAP
     lines = "".join(f"M{_n(LEFT + x * scale)} {top - 3}V{bottom + 3}" for x in timing.ticks)
@@ -185,7 +185,7 @@ def _panel(
     yield f'<g class="on">{numbers}</g>'
 
 
-def _legend(schedule: Schedule, idle: str, y: float) -> Iterable[str]:
+def _legend(schedule: Schedule, idle: str, y: float) -> Lines:
     swatch = f'y="{y - 10}" width="12" height="12" fill='
     x = LEFT
     for kind, meaning in MEANING.items():
@@ -195,8 +195,8 @@ def _legend(schedule: Schedule, idle: str, y: float) -> Iterable[str]:
             x += 14
         yield f'<text x="{x + 2}" y="{y}">{kind}, {meaning}</text>'
         x += 150
-    note = "idle" + f"; chunks 0 to {schedule.chunks - 1}, dark to pale" * (schedule.chunks > 1)
-    yield f'<rect x="{x}" {swatch}"url(#{idle})"/><text x="{x + 16}" y="{y}">{note}</text>'
+    note = f"; chunks 0 to {schedule.chunks - 1}, dark to pale" * (schedule.chunks > 1)
+    yield f'<rect x="{x}" {swatch}"url(#{idle})"/><text x="{x + 16}" y="{y}">idle{note}</text>'
 
 
 def _title(schedule: Schedule) -> str:
@@ -247,11 +247,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--chunks", type=int, help="of a stage, in the interleaved schedule")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--schedule", choices=FORMS, help="this one alone, in all its forms")
+    which.add_argument("--orders", help="the one of this file, as config.pipeline.orders")
     parser.add_argument("--out", type=Path, help="folder for the drawings; none: text only")
     parser.add_argument("--png", action="store_true", help="PNG files beside the SVG ones")
-    parser.add_argument(
-        "--bubbles", nargs="+", metavar="PxM", help="one table for these stages and micro-batches"
-    )
+    parser.add_argument("--bubbles", nargs="+", metavar="PxM", help="one table for these p and m")
     flags = parser.parse_args(arguments)
     if flags.bubbles:
         try:
@@ -262,23 +263,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if flags.png and not flags.out:
         parser.error("--png wants --out=FOLDER")
-    made = []
     try:
-        for name, forms in FORMS.items():
-            chunks = flags.chunks if name == "interleaved" else None
-            for form in forms:
-                schedule = make_schedule(name, flags.stages, flags.microbatches, chunks, form)
-                made.append(schedule)
-                print(text(schedule))
-                if flags.out:
-                    flags.out.mkdir(parents=True, exist_ok=True)
-                    file = flags.out / (f"{name}_{form}" if len(forms) > 1 else name)
-                    file.with_suffix(".svg").write_text(svg(schedule))
-                    if flags.png:
-                        png(schedule, file.with_suffix(".png"))
+        for name, schedule in (made := _made(flags)).items():
+            print(text(schedule))
+            if flags.out:
+                flags.out.mkdir(parents=True, exist_ok=True)
+                (flags.out / f"{name}.svg").write_text(svg(schedule))
+            if flags.png:
+                png(schedule, flags.out / f"{name}.png")
     except (ModuleNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(figures(made), end="")
+    print(figures(made.values()), end="")
+
+
+def _made(flags: argparse.Namespace) -> dict[str, Schedule]:
+    """The schedules that are asked for by the name of their drawing; a line for each left out."""
+    p, m = flags.stages, flags.microbatches
+    if flags.orders:
+        return {Path(flags.orders).stem: read_schedule(flags.orders, p, m)}
+    made: dict[str, Schedule] = {}
+    for name in [flags.schedule] if flags.schedule else FORMS:
+        chunks, several = flags.chunks if name == "interleaved" else None, len(FORMS[name]) > 1
+        try:
+            for form in FORMS[name]:
+                file = f"{name}_{form}" if several else name
+                made[file] = make_schedule(name, p, m, chunks, form)
+        except ValueError as error:  # whatever the form
+            if flags.schedule or p < 1 or m < 1:
+                raise
+            print(f"left out: {error}\n")
+    return made
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ the actions, so that memory grows with the slots and not with the micro-batches.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import jax
@@ -29,7 +29,8 @@ from parallel.exchange import to_spread
 from parallel.mesh import PIPE
 from parallel.rules import Rules, is_stacked
 from parallel.schedule import Schedule
-from parallel.schedule_kinds import make_schedule
+from parallel.schedule_file import read_schedule
+from parallel.schedule_kinds import check_names, make_schedule
 from parallel.schedule_program import Columns, Program, make_program
 from parallel.stage import Stage
 from parallel.zero import Tree
@@ -47,8 +48,10 @@ class PipelineConfig:
       chunks: of a stage's layers; 0 for what the schedule usually has.
       form: of the schedule, `wide`, `lean` or `single`; empty for its first.
       balance: `equal`: as many layers in every chunk where that divides, else as `cost`: so that
-        the most loaded stage does as little as can be, the loss head counted.
+        the most loaded stage does as little as can be, embedding and loss head counted.
       layers: of every chunk, in the order of the model; () leaves them to `balance`.
+      orders: a Python file whose orders of actions are the schedule, in place of `schedule`, `form`
+        and `chunks`; see `parallel/schedule_file.py`.
     """
 
     schedule: str = "1f1b"
@@ -57,8 +60,10 @@ class PipelineConfig:
     form: str = ""
     balance: str = "equal"
     layers: tuple[int, ...] = ()
+    orders: str = ""
 
     def __post_init__(self) -> None:
+        check_names(self.schedule, self.form)
         if self.microbatches < 1:
             raise ValueError(f"config.pipeline.microbatches = {self.microbatches}: at least 1")
         if self.chunks < 0:
@@ -72,11 +77,31 @@ class PipelineConfig:
         """The schedule.
 
         Raises:
-          ValueError: see `make_schedule`.
+          ValueError: see `make_schedule` and `read_schedule`.
         """
         form: Any = self.form or None
         count = self.microbatches if microbatches is None else microbatches
+        if self.orders:
+            return read_schedule(self.orders, stages, count)
         return make_schedule(self.schedule, stages, count, self.chunks or None, form)
+
+    def without_effect(self, stages: int) -> list[str]:
+        """What is set and does nothing with so many stages, a sentence each."""
+        set_ = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        unused = [("config.mesh.pipe is 1", set_)]
+        if stages > 1:
+            of_table = [key for key in set_ if key in ("schedule", "chunks", "form")]
+            of_layers = [key for key in set_ if key == "balance"]
+            unused = [
+                (f"config.pipeline.orders = {self.orders!r}", of_table if self.orders else []),
+                (f"config.pipeline.layers = {self.layers}", of_layers if self.layers else []),
+            ]
+        return [
+            f"{', '.join(f'config.pipeline.{key}' for key in keys)} "
+            f"{'has' if len(keys) == 1 else 'have'} no effect: {why}"
+            for why, keys in unused
+            if keys
+        ]
 
     def division(
         self, schedule: Schedule, layers: int, period: int = 1, costs: Costs | None = None
@@ -107,7 +132,7 @@ class PipelineConfig:
         if len(self.layers) != positions:
             raise ValueError(
                 f"{key}: {len(self.layers)} numbers; config.mesh.pipe x chunks a stage = "
-                f"{positions} chunks want one each"
+                f"{positions} chunks want one each, or () to leave it to config.pipeline.balance"
             )
         if any(number < period or number % period for number in self.layers):
             kinds = ", the kinds in config.model.pattern" if period > 1 else ""
@@ -148,7 +173,11 @@ def run_pipeline(
     Returns:
       The loss's sums over micro-batches; the gradients, in the model's order of layers and divided
       as `rules.of_gradient`; and int32[ticks, stages, 3], which F, B and W really ran.
+
+    Raises:
+      ValueError: see `check_size`.
     """
+    check_size(schedule, rules.size((PIPE,)), microbatches[1].shape[0])
     program = make_program(schedule)
     names: list[str]
     tree: Any
@@ -188,6 +217,23 @@ def run_pipeline(
         return to_spread(array, rules.of_gradient(names, whole), rows)
 
     return sums, jax.tree.map(at_rest, grads, axes, tree.unflatten(stacked)), ran
+
+
+def check_size(schedule: Schedule, stages: int, microbatches: int) -> None:
+    """Refuses a table that is made for another step: it would run, on a part of the batch or model.
+
+    Raises:
+      ValueError: naming its number of stages or micro-batches, and the step's.
+    """
+    for what, made, wanted, key in (
+        ("stages", schedule.stages, stages, "config.mesh.pipe"),
+        ("micro-batches", schedule.microbatches, microbatches, "config.pipeline.microbatches"),
+    ):
+        if made != wanted:
+            raise ValueError(
+                f"schedule {schedule.name!r} is of {made} {what}, the step has {wanted} ({key}); "
+                "make it for as many"
+            )
 
 
 def stage_rows(schedule: Schedule, division: Division) -> list[int] | None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 KINDS = ("F", "B", "W")  # in the order in which a cell runs them
 Path = Literal["loop", "v"]
@@ -72,6 +72,11 @@ class Schedule:
     microbatches: int
     chunks: int = 1
     path: Path = "loop"
+
+    def __post_init__(self) -> None:
+        if self.path not in get_args(Path):
+            right = " or ".join(get_args(Path))
+            raise ValueError(f"schedule {self.name!r}: path = {self.path!r}; choose {right}")
 
     def position(self, stage: int, chunk: int) -> int:
         """Where a stage's chunk stands in the model: 0 has the embedding, p v - 1 the head."""

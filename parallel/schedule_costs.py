@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parallel.schedule import Action, Schedule, Value
+from parallel.schedule_slots import in_flight
 
 # Seconds (or any unit) of a whole stage, all its chunks; of each stage; or of each stage's chunks.
 Cost = float | Sequence[float] | Sequence[Sequence[float]]
@@ -61,6 +62,8 @@ class Timing:
       gaps: for each stage, idle time between its first and its last action.
       drain: for each stage, the time after its last action.
       spans: every action, by stage and start.
+      in_flight: for each stage, the most micro-batches that are between F and W; a chunk is 1/v of
+        one.
       ticks: in lockstep, the times at which ticks begin.
     """
 
@@ -70,6 +73,7 @@ class Timing:
     gaps: tuple[float, ...]
     drain: tuple[float, ...]
     spans: tuple[Span, ...]
+    in_flight: tuple[float, ...]
     ticks: tuple[float, ...] = ()
 
     @property
@@ -143,7 +147,8 @@ def _timing(
     fill = tuple(each[0].start for each in own)
     drain = tuple(time - each[-1].end for each in own)
     gaps = tuple(sum(b.start - a.end for a, b in pairwise(each)) for each in own)
-    return Timing(time, work, fill, gaps, drain, tuple(s for each in own for s in each), ticks)
+    in_order = tuple(span for each in own for span in each)
+    return Timing(time, work, fill, gaps, drain, in_order, in_flight(schedule), ticks)
 
 
 class _Prices:

@@ -59,15 +59,10 @@ def make_schedule(
     Raises:
       ValueError: naming the config key, its value and what would be right.
     """
-    if name not in FORMS:
-        raise ValueError(f"config.pipeline.schedule = {name!r}: choose one of {', '.join(FORMS)}")
+    check_names(name, form)
     if stages < 1:
         raise ValueError(f"config.mesh.pipe = {stages}: a pipeline has at least one stage")
     form = form or FORMS[name][0]
-    if form not in FORMS[name]:
-        raise ValueError(
-            f"config.pipeline.form = {form!r}: {name} comes as {', '.join(FORMS[name])}"
-        )
     usual = 2 if name in ("interleaved", "zb_v") else 1
     chunks = usual if chunks is None else chunks
     if chunks < 1 or (name != "interleaved" and chunks != usual):
@@ -99,6 +94,20 @@ def make_schedule(
     if name == "zb_h1":
         return from_orders(title, orders, held=2 * p - 1 if wide else p + 1)
     return from_orders(title, orders, single=form == "single")
+
+
+def check_names(name: str, form: str | None) -> None:
+    """Refuses a schedule, or a form of it, that there is not.
+
+    Raises:
+      ValueError: naming the config key, its value and what there is.
+    """
+    if name not in FORMS:
+        raise ValueError(f"config.pipeline.schedule = {name!r}: choose one of {', '.join(FORMS)}")
+    if form and form not in FORMS[name]:
+        raise ValueError(
+            f"config.pipeline.form = {form!r}: {name} comes as {', '.join(FORMS[name])}"
+        )
 
 
 def _title(name: str, form: Form, chunks: int) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.schedule import KINDS, Schedule, check
-from parallel.schedule_slots import BUFFERS, Slots, slots
+from parallel.schedule_slots import BUFFERS, Slots, check_slots, slots
 
 Ints = NDArray[np.int32]
 SENT = {"F": ("input", +1), "B": ("cotangent", -1)}  # into which buffer, of which next chunk
@@ -87,10 +87,11 @@ def make_program(schedule: Schedule) -> Program:
     """The arrays of a schedule.
 
     Raises:
-      ValueError: see `parallel.schedule.check`.
+      ValueError: see `parallel.schedule.check` and `parallel.schedule_slots.check_slots`.
     """
     check(schedule)
     found = slots(schedule)
+    check_slots(schedule, found)
     forward, backward, weight = (_columns(schedule, found, kind) for kind in KINDS)
     fused = (
         (backward.microbatch >= 0)

@@ -14,11 +14,11 @@ takes exactly as many as values are alive at once (intervals form a perfect grap
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from parallel.schedule import KINDS, Action, Schedule, where
+from parallel.schedule import KINDS, Schedule, where
 
 BUFFERS = ("input", "residual", "cotangent", "pending")
 Key = tuple[int, int]  # position of the chunk in the model, micro-batch
@@ -77,52 +77,39 @@ def slots(schedule: Schedule) -> Slots:
     return Slots(counts, slot)
 
 
-def ring_sizes(schedule: Schedule, buffer: str) -> list[list[int]]:
-    """[stage][chunk]: the smallest n for which a micro-batch's slot may be `micro-batch mod n`.
-
-    Each chunk has a ring of its own, so together they can be more than `Slots.counts`.
-    """
-    life = lifetimes(schedule)[buffer]
-    sizes = [[0] * schedule.chunks for _ in range(schedule.stages)]
-    for position in range(schedule.positions):
-        stage, chunk = schedule.place(position)
-        sizes[stage][chunk] = _ring({i: span for (at, i), span in life.items() if at == position})
-    return sizes
-
-
-def check_slots(
-    schedule: Schedule,
-    counts: Mapping[str, Sequence[int]],
-) -> None:
-    """Refuses a table that needs more slots than there are.
+def check_slots(schedule: Schedule, found: Slots) -> None:
+    """Refuses slots that are not free when a value begins.
 
     Args:
       schedule: a checked table.
-      counts: for some of `BUFFERS`, the slots of each stage.
+      found: where its values are kept.
 
     Raises:
-      ValueError: naming tick, stage, what finds no slot and what is in them.
+      ValueError: naming tick, stage, the value and what is in its slot, or that it has none.
     """
-    life = lifetimes(schedule)
-    for buffer, sizes in counts.items():
-        if buffer not in BUFFERS:
-            raise ValueError(f"buffer {buffer!r}: choose of {', '.join(BUFFERS)}")
-        if len(sizes) != schedule.stages:
-            raise ValueError(f"{buffer} slots: {len(sizes)} counts for {schedule.stages} stages")
-        for stage, size in enumerate(sizes):
-            values = _on(schedule, life[buffer], stage)
-            for key, (start, _) in sorted(values.items(), key=lambda item: item[1]):
-                alive = [other for other, (a, b) in values.items() if a <= start <= b]
-                if len(alive) > size:
-                    what = Action(buffer, key[1], schedule.place(key[0])[1])
-                    held = [
-                        f"{i}.{schedule.place(k)[1]}" for k, i in sorted(alive) if (k, i) != key
-                    ]
-                    raise ValueError(
-                        f"{where(schedule, start // STEPS, stage)}: no slot for the {what}; "
-                        f"there are {size}, which hold {', '.join(held) or 'nothing'} "
-                        "(micro-batch.chunk)"
-                    )
+    for buffer, life in lifetimes(schedule).items():
+        holder: dict[tuple[int, int], Key] = {}  # (stage, slot) -> what was put there last
+        for key, (start, _) in sorted(life.items(), key=lambda item: item[1]):
+            stage = schedule.place(key[0])[0]
+            slot = found.slot[buffer].get(key, -1)
+            place = f"{where(schedule, start // STEPS, stage)}: the {_named(schedule, buffer, key)}"
+            if not 0 <= slot < found.counts[buffer][stage]:
+                raise ValueError(
+                    f"{place} is to be in slot {slot}; there are {found.counts[buffer][stage]}"
+                )
+            before = holder.get((stage, slot))
+            if before is not None and life[before][1] >= start:
+                raise ValueError(
+                    f"{place} finds its slot {slot} taken by that of "
+                    f"{_named(schedule, '', before)} until tick {life[before][1] // STEPS}"
+                )
+            holder[stage, slot] = key
+
+
+def _named(schedule: Schedule, buffer: str, key: Key) -> str:
+    """A value in words."""
+    of = " of " if buffer else ""
+    return f"{buffer}{of}micro-batch {key[1]}, chunk {schedule.place(key[0])[1]}"
 
 
 def in_flight(schedule: Schedule, until: Literal["B", "W"] = "W") -> tuple[float, ...]:
@@ -161,16 +148,3 @@ def _coloured(life: Lifetimes) -> dict[Key, int]:
         slot[key] = free[0] if free else len(until)
         until[slot[key] : slot[key] + 1] = [end]
     return slot
-
-
-def _ring(life: Mapping[int, tuple[int, int]]) -> int:
-    """The smallest n such that no two micro-batches with the same rest by n are alive at once."""
-    n = 1 if life else 0
-    while any(
-        life[i][0] <= life[j][1] and life[j][0] <= life[i][1]
-        for i in life
-        for j in range(i + n, max(life) + 1, n)
-        if j in life
-    ):
-        n += 1
-    return n

@@ -96,7 +96,10 @@ BAD_KEYS = {
     "parallel.rules={'act_embed': ['data']}": ("config.parallel.rules", "twice", "data"),
     "data.batch_size=12": ("config.data.batch_size = 12", "config.mesh.data = 8", "multiple of 8"),
     "data.batch_size=0": ("config.data.batch_size = 0", "at least 1"),
-    "train.grad_accumulation=3": ("config.train.grad_accumulation = 3", "multiple of 3"),
+    "train.grad_accumulation=3": (
+        "config.train.grad_accumulation = 3",
+        "multiple of 3, or for config.train.grad_accumulation 1",
+    ),
     "train.grad_accumulation=2": ("config.train.grad_accumulation = 8 / 2", "multiple of 8"),
     "mesh.pipe=2 model.layers=1": ("config.model.layers = 1", "config.mesh.pipe", "at least 2"),
     "mesh.pipe=2 pipeline.schedule=interleaved model.layers=3": (
@@ -116,7 +119,7 @@ BAD_KEYS = {
     "pipeline.balance=costs": ("config.pipeline.balance = 'costs'", "equal, cost"),
     "mesh.pipe=2 model.layers=4 pipeline.layers=(1,2,1)": (
         "config.pipeline.layers = (1, 2, 1)",
-        "2 chunks want one each",
+        "2 chunks want one each, or () to leave it to config.pipeline.balance",
     ),
     "mesh.pipe=2 model.layers=4 pipeline.layers=(4,0)": (
         "config.pipeline.layers = (4, 0)",
@@ -129,10 +132,25 @@ BAD_KEYS = {
     ),
     "mesh.pipe=2 pipeline.schedule=gpip": ("config.pipeline.schedule = 'gpip'", "gpipe"),
     "mesh.pipe=2 pipeline.form=lien": ("config.pipeline.form = 'lien'", "lean"),
+    # without stages, too
+    "pipeline.schedule=gpip": ("config.pipeline.schedule = 'gpip'", "gpipe"),
+    "pipeline.schedule=zb_h1 pipeline.form=nonsense": (
+        "config.pipeline.form = 'nonsense'",
+        "zb_h1 comes as wide, lean, single",
+    ),
+    "mesh.pipe=2 pipeline.orders=/no/such.py": (
+        "config.pipeline.orders = '/no/such.py'",
+        "no such file",
+        "defines orders(stages, microbatches)",
+    ),
+    "mesh.pipe=2 pipeline.orders=train.py": (
+        "config.pipeline.orders = 'train.py'",
+        "defines no function orders",
+    ),
     "mesh.pipe=2 pipeline.chunks=3 model.layers=6": ("config.pipeline.chunks = 3", "wants 1"),
     "mesh.pipe=2 model.layers=4 pipeline.microbatches=3": (
         "config.pipeline.microbatches = 3",
-        "multiple of 3",
+        "multiple of 3, or for config.pipeline.microbatches 2",
     ),
     "mesh.pipe=8 pipeline.microbatches=4 model.layers=8": (
         "config.pipeline.microbatches = 4",

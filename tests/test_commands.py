@@ -48,6 +48,12 @@ def test_it_ends_with_the_next_command(trained):
     assert trained.out.splitlines()[-1].endswith(f"evaluate.py --workdir={trained.workdir}")
 
 
+STAGES = (
+    *("--config.mesh.fsdp=1", "--config.mesh.tensor=1", "--config.pipeline.microbatches=32"),
+    *("--config.pipeline.layers=(1,2,2,1)", "--config.pipeline.orders=/no/such.py"),
+)
+
+
 @pytest.mark.parametrize(
     ("devices", "mesh", "shown"),
     [
@@ -57,6 +63,9 @@ def test_it_ends_with_the_next_command(trained):
             ("--config.mesh.data=1", "--config.mesh.fsdp", "4", "--config.mesh.tensor=1"),
             "fsdp 4",
         ),
+        # What the training would want of a schedule is not asked.
+        (8, (*STAGES, "--config.mesh.data=4", "--config.mesh.pipe=2"), "pipe 2 x data 4"),
+        (8, (*STAGES, "--config.mesh.data=2", "--config.mesh.pipe=4"), "pipe 4 x data 2"),
     ],
 )
 def test_overrides_reach_evaluation(trained, devices, mesh, shown):

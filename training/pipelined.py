@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from parallel.mesh import PIPE
-from parallel.pipeline import run_pipeline, stage_rows
+from parallel.pipeline import check_size, run_pipeline, stage_rows
 from parallel.precision import PrecisionConfig
 from parallel.zero import laid_out
 from training.micro_batches import Batch, means, split, token_weights
@@ -29,7 +29,9 @@ def pipelined_loss_and_grads(
     cut, pipeline, rules = model.cut, model.pipeline, model.rules
     assert cut is not None
     assert pipeline is not None
-    schedule = pipeline.table(rules.size((PIPE,)), microbatches)
+    stages = rules.size((PIPE,))
+    schedule = pipeline.table(stages, microbatches)
+    check_size(schedule, stages, microbatches)  # before anything is laid out for it
     division = pipeline.division(schedule, cut.layers, cut.period)
     rows = stage_rows(schedule, division)
 

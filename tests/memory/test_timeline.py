@@ -86,13 +86,60 @@ def test_without_matplotlib_the_png_tells_what_to_install(tmp_path, monkeypatch)
     )
 
 
-def test_what_cannot_be_drawn_is_one_line(capsys):
-    with pytest.raises(SystemExit) as caught:
-        timeline.main(["--stages=4", "--microbatches=2"])
-    assert caught.value.code == (
-        "error: config.pipeline.microbatches = 2: 1f1b needs at least 4 for 4 stages; gpipe takes "
-        "any number"
+def drawn(capsys, *arguments):
+    """The titles of what is printed, and of what is left out."""
+    timeline.main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line.partition(":")[0] for line in lines if " ticks" in line and ":" in line]
+    return titles, [line for line in lines if line.startswith("left out: ")]
+
+
+def test_what_does_not_fit_is_left_out_with_a_line(capsys):
+    titles, left_out = drawn(capsys, "--stages=4", "--microbatches=6")
+    assert len(titles) == sum(map(len, FORMS.values())) - len(FORMS["interleaved"])
+    assert left_out == [
+        (
+            "left out: config.pipeline.microbatches = 6: interleaved needs a multiple of the 4 "
+            "stages, such as 4 or 8"
+        )
+    ]
+    titles, left_out = drawn(capsys, "--stages=4", "--microbatches=2")
+    assert titles == ["gpipe"]
+    assert len(left_out) == len(FORMS) - 1
+
+
+def test_one_schedule_alone_and_one_of_ones_own(capsys, tmp_path):
+    assert drawn(capsys, "--schedule=zb_v", "--microbatches=6") == (
+        ["zb_v, single", "zb_v, wide"],
+        [],
     )
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from parallel.schedule import B, F\n"
+        "def orders(p, m): return [[a for i in range(m) for a in (F(i), B(i))]] * p\n"
+    )
+    assert drawn(capsys, f"--orders={file}", f"--out={tmp_path}") == (["mine"], [])
+    assert (tmp_path / "mine.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--schedule=1f1b", "--microbatches=2"], "1f1b needs at least 4 for 4 stages"),
+        (["--stages=0"], "config.mesh.pipe = 0"),
+        (["--microbatches=0"], "config.pipeline.microbatches = 0: gpipe needs at least 1"),
+        (["--orders=none.py"], "config.pipeline.orders = 'none.py': no such file"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(arguments, why):
+    with pytest.raises(SystemExit) as caught:
+        timeline.main(arguments)
+    assert caught.value.code.startswith("error: ")
+    assert why in caught.value.code
+    assert "\n" not in caught.value.code
+
+
+def test_a_png_wants_a_folder(capsys):
     with pytest.raises(SystemExit):
         timeline.main(["--png"])
     assert "--png wants --out=FOLDER" in capsys.readouterr().err

@@ -40,6 +40,13 @@ def test_the_forward_is_computed_again_once_for_a_fused_pair_and_twice_for_one_a
     assert lockstep(apart, costs).work == (8 * 5,) * 4
 
 
+@pytest.mark.parametrize("run", [ideal, lockstep])
+def test_the_simulation_says_how_much_is_in_flight(run):
+    assert run(make_schedule("1f1b", 4, 8)).in_flight == (7, 5, 3, 1)
+    assert run(make_schedule("zb_h1", 4, 8, form="single")).in_flight == (4, 4, 4, 4)
+    assert run(make_schedule("interleaved", 4, 8)).in_flight == (5.5, 4.5, 3.5, 2.5)
+
+
 def test_a_stages_cost_is_divided_among_its_chunks_unless_they_have_their_own():
     schedule = make_schedule("interleaved", 2, 2, 2)
     even = lockstep(schedule, Costs(forward=(2, 4)))

@@ -166,6 +166,12 @@ def test_what_is_sent_in_a_tick_is_not_there_before_the_next():
         check(replace(good, ticks=(first, second[:1], *rest)))
 
 
+def test_a_path_is_a_loop_or_a_v():
+    with pytest.raises(ValueError) as caught:
+        from_orders("mine", [[F(0), F(0, 1), B(0, 1), B(0)]], path="V")
+    assert str(caught.value) == "schedule 'mine': path = 'V'; choose loop or v"
+
+
 @pytest.mark.parametrize(
     ("orders", "single", "why"),
     [

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from parallel import schedule_program
 from parallel.schedule import B, F
 from parallel.schedule_kinds import FORMS, make_schedule
 from parallel.schedule_orders import from_orders
@@ -13,7 +16,6 @@ from parallel.schedule_slots import (
     check_slots,
     in_flight,
     lifetimes,
-    ring_sizes,
     slots,
 )
 
@@ -25,38 +27,31 @@ def test_no_slot_could_be_spared(name, form):
     """Slots are as many as values are alive in the fullest step, counted step by step."""
     schedule = make_schedule(name, 4, 8, form=form)
     counts = slots(schedule).counts
-    check_slots(schedule, counts)
     for buffer, life in lifetimes(schedule).items():
         alive = np.zeros((schedule.stages, 4 * len(schedule.ticks) + 1), int)
         for (position, _), (start, end) in life.items():
             alive[schedule.place(position)[0], start : end + 1] += 1
         assert tuple(alive.max(axis=1)) == counts[buffer]
-        for stage in range(schedule.stages):
-            fewer = [n - (s == stage) for s, n in enumerate(counts[buffer])]
-            if min(fewer) >= 0:
-                with pytest.raises(ValueError, match=rf"tick \d+, stage {stage}: no slot for the"):
-                    check_slots(schedule, {buffer: fewer})
 
 
 @pytest.mark.parametrize(("name", "form"), ALL)
-def test_a_ring_of_each_chunk_is_as_small_as_micro_batch_mod_n_allows(name, form):
-    schedule = make_schedule(name, 3, 6, form=form)
-    life = lifetimes(schedule)
+def test_in_one_slot_fewer_some_value_finds_its_slot_taken(name, form):
+    schedule = make_schedule(name, 4, 8, form=form)
+    found = slots(schedule)
+    check_slots(schedule, found)
+    tried = 0
     for buffer in BUFFERS:
-        for stage, sizes in enumerate(ring_sizes(schedule, buffer)):
-            for chunk, n in enumerate(sizes):
-                position = schedule.position(stage, chunk)
-                spans = [life[buffer].get((position, i)) for i in range(6)]
-
-                def clashes(n, spans=spans):
-                    return any(
-                        a and b and a[0] <= b[1] and b[0] <= a[1]
-                        for j, b in enumerate(spans)
-                        for a in spans[j % n : j : n]
-                    )
-
-                assert not n or not clashes(n)
-                assert all(clashes(k) for k in range(1, n))
+        for stage, n in enumerate(found.counts[buffer]):
+            if n > 1:
+                tried += 1
+                slot = {
+                    key: at % (n - 1) if schedule.place(key[0])[0] == stage else at
+                    for key, at in found.slot[buffer].items()
+                }
+                fewer = replace(found, slot={**found.slot, buffer: slot})
+                with pytest.raises(ValueError, match=rf"stage {stage}: the {buffer} of .* taken"):
+                    check_slots(schedule, fewer)
+    assert tried
 
 
 def test_slots_of_the_tables_that_ship():
@@ -102,21 +97,34 @@ def test_slots_are_kept_as_long_as_the_executor_says():
     assert slots(apart).capacity("residual") == 2
 
 
-def test_a_table_with_too_few_slots_names_tick_and_stage_and_what_is_in_them():
+def test_a_slot_that_is_not_free_names_tick_and_stage_and_what_is_in_it():
     schedule = make_schedule("1f1b", 4, 8)
-    with pytest.raises(ValueError) as caught:
-        check_slots(schedule, {"residual": (6, 5, 3, 1)})
-    assert str(caught.value) == (
-        "schedule '1f1b, wide', tick 6, stage 0: no slot for the residual of micro-batch 6, "
-        "chunk 0; there are 6, which hold 0.0, 1.0, 2.0, 3.0, 4.0, 5.0 (micro-batch.chunk)"
-    )
-    for counts, why in (
-        ({"residual": (7, 5)}, "residual slots: 2 counts for 4 stages"),
-        ({"outputs": (1,)}, "buffer 'outputs': choose of input, residual, cotangent, pending"),
-    ):
+    found = slots(schedule)
+
+    def refused(slot):
+        wrong = replace(found, slot={**found.slot, "residual": {**found.slot["residual"], **slot}})
         with pytest.raises(ValueError) as caught:
-            check_slots(schedule, counts)
-        assert str(caught.value) == why
+            check_slots(schedule, wrong)
+        return str(caught.value)
+
+    assert refused({(0, 6): 2}) == (
+        "schedule '1f1b, wide', tick 6, stage 0: the residual of micro-batch 6, chunk 0 finds its "
+        "slot 2 taken by that of micro-batch 2, chunk 0 until tick 8"
+    )
+    assert refused({(0, 6): 7}) == (
+        "schedule '1f1b, wide', tick 6, stage 0: the residual of micro-batch 6, chunk 0 is to be "
+        "in slot 7; there are 7"
+    )
+
+
+def test_a_program_is_not_made_of_slots_that_are_not_free(monkeypatch):
+    def all_in_one(schedule):
+        found = slots(schedule)
+        return replace(found, slot={b: dict.fromkeys(of, 0) for b, of in found.slot.items()})
+
+    monkeypatch.setattr(schedule_program, "slots", all_in_one)
+    with pytest.raises(ValueError, match="finds its slot 0 taken"):
+        schedule_program.make_program(make_schedule("1f1b", 2, 4))
 
 
 def test_values_that_wait_keep_their_slots():
