@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from models.config import DecoderConfig
-from models.flops import flops_by_layer, head_flops
-from parallel.division import Costs
+from models.part_costs import part_costs
 from parallel.mesh import PIPE, MeshConfig
 from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
@@ -69,9 +68,9 @@ class Job:
           ValueError: the schedule is none for these stages, or the layers none for its chunks.
         """
         stages, model = self.sizes[PIPE], self.model
-        # Only the chunks' places count, which the schedule's smallest table has, in any form.
-        shortest = replace(pipeline, microbatches=stages, form="")
-        layers, in_rows = _divided(shortest, stages, model, self.sequence_length)
+        # Only the chunks' places count, which a shipped schedule's smallest table has, in any form.
+        shortest = pipeline if pipeline.orders else replace(pipeline, microbatches=stages, form="")
+        layers, in_rows = _divided(shortest, stages, model, self.sequence_length, self.remat)
         rules = replace(self.rules, rows=in_rows)
         return replace(
             self,
@@ -93,10 +92,10 @@ class Job:
 
 @lru_cache(maxsize=1024)
 def _divided(
-    pipeline: PipelineConfig, stages: int, model: DecoderConfig, length: int
+    pipeline: PipelineConfig, stages: int, model: DecoderConfig, length: int, remat: RematConfig
 ) -> tuple[tuple[int, ...], bool]:
     """Layers of each chunk, and whether they lie at rest as stages use them."""
     schedule = pipeline.table(stages)
-    costs = Costs(flops_by_layer(model, length), last=head_flops(model))
+    costs = part_costs(model, length, remat)
     division = pipeline.division(schedule, model.layers, len(model.pattern), costs)
     return division.layers, division.in_rows(schedule)

@@ -170,6 +170,7 @@ def _other_stages(job: Job, pipeline: PipelineConfig) -> Iterable[dict[str, Any]
                     "config.pipeline.schedule": name,
                     "config.pipeline.form": form,
                     "config.pipeline.chunks": 0,
+                    "config.pipeline.orders": "",
                 }
     for axis in ("data", "fsdp", "tensor"):
         if job.sizes[axis] % 2 == 0:

@@ -21,7 +21,12 @@ from memory.stage_work import Actions
 from memory.step_time import CEILINGS, StepTime, exposed
 from memory.terms import Terms
 from models.block import block_residuals
-from models.flops import attention_flops_per_token, flops_per_token, matrix_parameters
+from models.flops import (
+    attention_flops_per_token,
+    dropped_parameters,
+    flops_per_token,
+    matrix_parameters,
+)
 from parallel.mesh import PIPE
 from parallel.remat import PRESETS
 from parallel.targets import Target
@@ -136,15 +141,7 @@ def recomputed(job: Job, form: str) -> float:
         return 0.0
     saved = kept_names(job)
     model = job.model
-    D, F, H = model.embed_dim, model.mlp_dim, model.head_dim
-    products = {  # output's name -> weights of the product that makes it
-        "query": D * model.heads * H,
-        "key": D * model.kv_heads * H,
-        "value": D * model.kv_heads * H,
-        "attention_projection": D * model.heads * H,
-        "mlp_up": D * F,
-    } | ({"mlp_gate": D * F} if model.gated else {})
-    again = sum(size for name, size in products.items() if name not in saved) * model.layers
+    again = dropped_parameters(model, saved) * model.layers
     core = attention_flops_per_token(model, job.sequence_length) / 3
     if form == "xla":  # two products: scores, and their sum over values
         core *= 1.0 - 0.5 * ("attention_probs" in saved) - 0.5 * ("attention_out" in saved)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from models.config import DecoderConfig
 
 
@@ -10,6 +12,23 @@ def layer_parameters(config: DecoderConfig) -> int:
     D, F, H = config.embed_dim, config.mlp_dim, config.head_dim
     attention = 2 * D * config.heads * H + 2 * D * config.kv_heads * H
     return attention + (3 if config.gated else 2) * D * F
+
+
+def dropped_parameters(config: DecoderConfig, saved: Collection[str]) -> int:
+    """Weights of one layer whose products are computed again where only `saved` tensors are kept.
+
+    The last product of a layer is none of them: no gradient reads what it gives.
+    """
+    D, F, H = config.embed_dim, config.mlp_dim, config.head_dim
+    products = {  # output's name -> weights of the product that makes it
+        "query": D * config.heads * H,
+        "key": D * config.kv_heads * H,
+        "value": D * config.kv_heads * H,
+        "attention_projection": D * config.heads * H,
+        "mlp_gate": D * F if config.gated else 0,
+        "mlp_up": D * F,
+    }
+    return sum(size for name, size in products.items() if name not in saved)
 
 
 def matrix_parameters(config: DecoderConfig) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models.config import DecoderConfig
-from models.flops import flops_by_layer, head_flops, layer_parameters
+from models.flops import dropped_parameters, flops_by_layer, head_flops, layer_parameters
 from parallel.division import Costs
 from parallel.remat import PRESETS, RematConfig
 
@@ -36,18 +36,7 @@ def _again(config: DecoderConfig, each: tuple[float, ...], remat: RematConfig) -
     names = remat.save if remat.policy == "custom" else PRESETS[remat.policy]
     if names is None:
         return (0.0,) * len(each)
-    if not names:
-        return tuple(flops / 3 for flops in each)  # the whole forward pass
-    D, F, H = config.embed_dim, config.mlp_dim, config.head_dim
-    products = {  # output's name -> weights of the product that makes it
-        "query": D * config.heads * H,
-        "key": D * config.kv_heads * H,
-        "value": D * config.kv_heads * H,
-        "attention_projection": D * config.heads * H,
-        "mlp_gate": D * F if config.gated else 0,
-        "mlp_up": D * F,
-    }
-    dropped = 2 * sum(size for name, size in products.items() if name not in names)
+    dropped = 2 * dropped_parameters(config, names)
     core = 0.0 if "attention_out" in names else 1 / 3  # of scores and weighted sums
     matrices = 6 * layer_parameters(config)
     return tuple(dropped + core * (flops - matrices) for flops in each)
