@@ -62,7 +62,7 @@ class Table:
 
     @property
     def apart(self) -> bool:
-        """Whether some W is in another tick than its B."""
+        """Whether some W is not fused with its B."""
         return bool((self.cells[..., KINDS.index("W")] >= 0).any())
 
     def runs(self, kind: str) -> NDArray[np.int64]:
@@ -153,12 +153,11 @@ def counted(made: Schedule) -> Table:
     """The figures of any table."""
     program = make_program(made)
     rows: Counter[Row] = Counter()
-    for tick in made.ticks:
+    for number, tick in enumerate(made.ticks):
         row = []
-        for cell in tick:
+        for stage, cell in enumerate(tick):
             chunk = {action.kind: action.chunk for action in cell}
-            pairs = {action.kind: (action.microbatch, action.chunk) for action in cell}
-            together = "B" in pairs and pairs["B"] == pairs.get("W")
+            together = bool(program.fused[number, stage])
             row.append(
                 (
                     chunk.get("F", -1),

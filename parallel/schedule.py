@@ -2,8 +2,9 @@
 
 A cell of the table holds what one stage does in one tick: at most one forward (F), one gradient by
 the input (B) and one gradient by the weights (W), run in this order, each of one micro-batch and
-one of the stage's chunks of layers. In the cell of its B, a W is fused with it: one backward pass
-gives both. What F or B of a tick produce is sent at its end and is there in the next tick.
+one of the stage's chunks of layers. In the cell of its B, a W is fused with it, one backward pass
+gives both, unless a W of another stage stands apart in that tick. What F or B of a tick produce is
+sent at its end and is there in the next tick.
 
 A table is built from each stage's order by `parallel/schedule_orders.py`, one's own too; those of
 the literature are in `parallel/schedule_kinds.py`. What a table takes in time is told by
@@ -98,14 +99,29 @@ class Schedule:
         """The tick of each action."""
         return {self.value(s, action): tick for tick, s, action in self.actions()}
 
+    def fuses(self, position: int, microbatch: int) -> bool:
+        """Whether one backward pass gives B and W of a chunk.
+
+        In a tick in which some stage's W is apart from its B, none does: where stages wait for each
+        other between B and W, that one would wait for a whole pass and then do its W alone.
+        """
+        tick = self.tick_of["W", position, microbatch]
+        together = tick == self.tick_of["B", position, microbatch]
+        return together and tick not in self._apart
+
+    @cached_property
+    def _apart(self) -> frozenset[int]:
+        """The ticks that have a W of another tick's B."""
+        return frozenset(
+            tick
+            for (kind, position, microbatch), tick in self.tick_of.items()
+            if kind == "W" and tick != self.tick_of["B", position, microbatch]
+        )
+
     @cached_property
     def fused(self) -> bool:
         """Whether every W is in the cell of its B: no stage ever sends before both are done."""
-        return all(
-            tick == self.tick_of["B", position, microbatch]
-            for (kind, position, microbatch), tick in self.tick_of.items()
-            if kind == "W"
-        )
+        return not self._apart
 
     def value(self, stage: int, action: Action) -> Value:
         """What an action of a stage makes."""

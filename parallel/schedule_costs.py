@@ -27,8 +27,8 @@ class Costs:
 
     Attributes:
       forward, input_grad, weight_grad: of F, B and W.
-      recompute: the forward again, before each backward pass: once for B and W in one cell, twice
-        where they are apart.
+      recompute: the forward again, before each backward pass: once for B and W that are fused,
+        twice where they are apart.
       transfer: from a stage to another. In lockstep, of each tick in which anything is sent.
     """
 
@@ -98,13 +98,13 @@ def ideal(schedule: Schedule, costs: Costs = UNIT) -> Timing:
     ready: dict[Value, float] = {}
     free = [0.0] * schedule.stages
     spans = []
-    for tick, stage, action in schedule.actions():  # tick by tick, values are made before read
+    for _, stage, action in schedule.actions():  # tick by tick, values are made before read
         value = schedule.value(stage, action)
         start = free[stage]
         for needed in schedule.needs(value):
             sent = costs.transfer * (schedule.place(needed[1])[0] != stage)
             start = max(start, ready[needed] + sent)
-        free[stage] = ready[value] = start + price(tick, stage, action)
+        free[stage] = ready[value] = start + price(stage, action)
         spans.append(Span(stage, action, start, free[stage]))
         if action.kind == "W" and schedule.fused:
             ready["B", value[1], value[2]] = free[stage]
@@ -117,14 +117,14 @@ def lockstep(schedule: Schedule, costs: Costs = UNIT) -> Timing:
     spans = []
     ticks = []
     now = 0.0
-    for tick, row in enumerate(schedule.ticks):
+    for row in schedule.ticks:
         ticks.append(now)
         ends = []
         sends = False
         for stage, cell in enumerate(row):
             end = now
             for action in cell:
-                start, end = end, end + price(tick, stage, action)
+                start, end = end, end + price(stage, action)
                 spans.append(Span(stage, action, start, end))
                 sends |= _sends(schedule, stage, action)
             ends.append(end)
@@ -165,10 +165,11 @@ class _Prices:
         if costs.transfer < 0:
             raise ValueError(f"transfer costs {costs.transfer}: a time is not negative")
 
-    def __call__(self, tick: int, stage: int, action: Action) -> float:
+    def __call__(self, stage: int, action: Action) -> float:
         price = self.of[action.kind][stage][action.chunk]
+        position = self.schedule.position(stage, action.chunk)
         again = action.kind == "B" or (
-            action.kind == "W" and action._replace(kind="B") not in self.schedule.ticks[tick][stage]
+            action.kind == "W" and not self.schedule.fuses(position, action.microbatch)
         )
         return price + again * self.recompute[stage][action.chunk]
 

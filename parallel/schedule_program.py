@@ -4,8 +4,8 @@ All stages run the same program; stage s reads column s. A tick is
 
 1. F, B and W, in this order, each where `microbatch >= 0`. An action reads its operands from the
    slots in its columns and writes its results: F its `residual`, and in the last chunk the
-   `cotangent`, B its `pending`. Where B and W are of the same chunk and micro-batch (`fused`), one
-   backward pass gives both, and there is nothing `pending`.
+   `cotangent`, B its `pending`. Where B and W are `fused` (`Schedule.fuses`), one backward pass
+   gives both, and there is nothing `pending`.
 2. Then the `transfers`: the output of F goes to the input buffer of the stage that has the next
    chunk, what B computed goes to the cotangent buffer of the stage that has the chunk before. One
    transfer is one `ppermute(value, axis, pairs)` in all ticks, of which each stage writes what it
@@ -69,7 +69,7 @@ class Program:
     Attributes:
       schedule: what it was made of.
       forward, backward, weight: the columns of F, B and W.
-      fused: bool[ticks, stages]: B and W are of the same chunk and micro-batch.
+      fused: bool[ticks, stages]: one backward pass gives B and W.
       transfers: two in a loop, up to six in a V, two of those within a stage.
       slots: how many there are of each buffer.
     """
@@ -93,11 +93,11 @@ def make_program(schedule: Schedule) -> Program:
     found = slots(schedule)
     check_slots(schedule, found)
     forward, backward, weight = (_columns(schedule, found, kind) for kind in KINDS)
-    fused = (
-        (backward.microbatch >= 0)
-        & (backward.microbatch == weight.microbatch)
-        & (backward.chunk == weight.chunk)
-    )
+    fused = np.zeros((len(schedule.ticks), schedule.stages), bool)
+    for tick, stage, action in schedule.actions():
+        if action.kind == "W":
+            position = schedule.position(stage, action.chunk)
+            fused[tick, stage] = schedule.fuses(position, action.microbatch)
     transfers = _transfers(schedule, found)
     return Program(schedule, forward, backward, weight, fused, transfers, found)
 

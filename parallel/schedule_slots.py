@@ -5,7 +5,7 @@
 | input | a chunk's input | the end of the tick of the F that sent it | its F |
 | residual | what F keeps for the backward pass | F | the last of B and W |
 | cotangent | gradient by a chunk's output | the end of the tick of the B that sent it | B |
-| pending | what B leaves for a W in a later tick | B | W |
+| pending | what B leaves for a W that is not fused with it | B | W |
 
 Nothing is sent to the first chunk, which embeds, nor a gradient to the last one: its F computes the
 loss, and that is where its cotangent is from. Slots are given by colouring intervals, which
@@ -56,7 +56,7 @@ def lifetimes(schedule: Schedule) -> dict[str, Lifetimes]:
             if position > 0:
                 life["input"][key] = _sent(schedule, "F", position - 1, i), f
             life["residual"][key] = f, w
-            apart = w // STEPS > b // STEPS
+            apart = not schedule.fuses(position, i)
             end = b if apart else w
             # The last chunk's comes of the loss, which F computes.
             sent = _sent(schedule, "B", position + 1, i) if position < last else f

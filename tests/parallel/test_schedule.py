@@ -160,6 +160,24 @@ def test_what_a_schedule_cannot_do_is_refused_by_its_config_key(arguments, why):
     assert str(caught.value) == why
 
 
+def test_b_and_w_are_fused_on_all_stages_of_a_tick_or_on_none():
+    """Stages that wait for each other between the two would wait for a whole pass, then for a W."""
+    seen = set()
+    for name, form in (("1f1b", "wide"), ("zb_h1", "wide"), ("zb_h1", "lean"), ("zb_v", "wide")):
+        schedule = make_schedule(name, 4, 16, form=form)
+        for row in schedule.ticks:
+            cells = [
+                {a.kind: (schedule.position(s, a.chunk), a.microbatch) for a in cell}
+                for s, cell in enumerate(row)
+            ]
+            both = [c["W"] for c in cells if "W" in c and c["W"] == c.get("B")]
+            apart = [c["W"] for c in cells if "W" in c and c["W"] != c.get("B")]
+            assert {schedule.fuses(*w) for w in apart} <= {False}
+            assert {schedule.fuses(*w) for w in both} <= {not apart}
+            seen |= {(name, bool(both), bool(apart))}
+    assert {("1f1b", True, False), ("zb_h1", True, True), ("zb_v", True, False)} <= seen
+
+
 def test_schedules_are_plain_python():
     files = sorted(Path(parallel.schedule.__file__).parent.glob("schedule*.py"))
     assert len(files) == 7
