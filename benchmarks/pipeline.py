@@ -1,9 +1,8 @@
 """The pipeline's executor: against GPipe by autodiff, its memory, its ticks, real compilers.
 
-    python benchmarks/pipeline.py --part=autodiff --rounds=7
+    python benchmarks/pipeline.py --part=autodiff --rounds=3
     python benchmarks/pipeline.py --part=growth
-    python benchmarks/pipeline.py --part=ticks --rounds=15
-    python benchmarks/pipeline.py --part=axes --rounds=7
+    python benchmarks/pipeline.py --part=ticks --rounds=5
     python benchmarks/pipeline.py --part=real       # extras gpu-target and tpu-target
 
 autodiff: temporaries and seconds of loss and gradients, 1F1B against `autodiff_pipeline.py`, four
@@ -14,8 +13,6 @@ growth: temporaries of every schedule and form by micro-batches, with the table'
 ticks: two stages on two simulated devices of one core each, against the simulator's lockstep time
 with the costs of F, B and W as loops of one action have them. Wants two idle cores; memory that is
 freed stays with the process, or a step would be as long as the system clears its buffers anew.
-
-axes: the same model on four devices by pipe, fsdp or tensor.
 
 real: Llama 3 8B, pipe 4 x fsdp 8 x tensor 2, compiled for 64 H100 and 64 TPU v5p: memory by
 schedule, and the axes of what communicates inside conditionals.
@@ -50,7 +47,7 @@ KEEP_MEMORY = ":".join(
     for key in ("mmap_threshold=99999999999", "trim_threshold=99999999999", "arena_max=1")
 )
 # Part -> simulated devices, flags of XLA.
-SETTING = {"autodiff": (4, ""), "growth": (4, CHEAP), "ticks": (2, ONE_CORE), "axes": (4, "")}
+SETTING = {"autodiff": (4, ""), "growth": (4, CHEAP), "ticks": (2, ONE_CORE)}
 TARGETS = ("gpu:h100:8x8", "tpu:v5p:4x4x4")
 STEP = "step"
 Rows = Iterator[dict[str, Any]]
@@ -169,31 +166,6 @@ def ticks(rounds: int) -> Rows:
             }
 
 
-def axes(rounds: int) -> Rows:
-    """The same model and micro-batches by one axis of the mesh each."""
-    from staged import Program, busy, ratio, staged, take_turns
-
-    meshes: dict[str, dict[str, int]] = {
-        "pipe": {"pipe": 4},
-        "fsdp": {"fsdp": 4},
-        "tensor": {"tensor": 4},
-    }
-    for remat in ("none", "full"):
-        programs = {n: Program(staged(m, 16, remat__policy=remat)) for n, m in meshes.items()}
-        seconds = take_turns({n: p.run for n, p in programs.items()}, rounds)
-        for name, program in programs.items():
-            yield {
-                "axis": name,
-                "remat": remat,
-                "temporary_mib": mib(program.temporaries),
-                "argument_mib": mib(program.arguments),
-                "median_seconds": round(statistics.median(seconds[name]), 4),
-                "time_ratio": round(ratio(seconds["pipe"], seconds[name]), 4),
-                "rounds": rounds,
-                "load": round(busy(), 1),
-            }
-
-
 def real(_: int) -> Rows:
     """Llama 3 8B for real compilers; 16 micro-batches of 8 rows of 4096 tokens."""
     from compile_for import compile_for
@@ -238,7 +210,7 @@ def mib(size: int) -> float:
 def main() -> None:
     """One part, in this process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = {"autodiff": autodiff, "growth": growth, "ticks": ticks, "axes": axes, "real": real}
+    parts = {"autodiff": autodiff, "growth": growth, "ticks": ticks, "real": real}
     parser.add_argument("--part", choices=tuple(parts), required=True)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
