@@ -102,12 +102,8 @@ def fragment(schedule: Schedule, costs: Costs = UNIT) -> str:
     return _drawn(schedule, costs, alone=False)
 
 
-def png(schedule: Schedule, path: Path, costs: Costs = UNIT) -> None:
-    """Writes the drawing as PNG.
-
-    Raises:
-      ModuleNotFoundError: matplotlib is not installed.
-    """
+def _for_png() -> tuple[Any, Any]:
+    """The classes that draw one: matplotlib is in the dev extra."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -116,6 +112,16 @@ def png(schedule: Schedule, path: Path, costs: Costs = UNIT) -> None:
             "a PNG wants matplotlib; run pip install -e '.[dev]', or take the SVG",
             name=error.name,
         ) from error
+    return Figure, Patch
+
+
+def png(schedule: Schedule, path: Path, costs: Costs = UNIT) -> None:
+    """Writes the drawing as PNG.
+
+    Raises:
+      ModuleNotFoundError: matplotlib is not installed.
+    """
+    Figure, Patch = _for_png()
     timings = [(which, run(schedule, costs)) for which, run in PANELS]
     width = max(timing.time for _, timing in timings)
     back: dict[str, Any] = dict(color="#EEEEEE", edgecolor="#CCCCCC", hatch="///", linewidth=0)
@@ -264,6 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if flags.png and not flags.out:
         parser.error("--png wants --out=FOLDER")
     try:
+        if flags.png:
+            _for_png()  # refused before anything is written
         for name, schedule in (made := _made(flags)).items():
             print(text(schedule))
             if flags.out:

@@ -84,6 +84,7 @@ def test_without_matplotlib_the_png_tells_what_to_install(tmp_path, monkeypatch)
     assert caught.value.code == (
         "error: a PNG wants matplotlib; run pip install -e '.[dev]', or take the SVG"
     )
+    assert not list(tmp_path.iterdir()), "nothing is half-drawn"
 
 
 def drawn(capsys, *arguments):
