@@ -3,19 +3,24 @@
 #   make test         install the dev extra, then run all tests      (make fast: without the slow ones)
 #   make lint types   ruff; mypy                                     (make format: let ruff rewrite)
 #   make clean        remove .venv and caches; runs/ stays
-# Variables: PYTHON (which Python makes .venv), VENV, STEPS and WORKDIR of the quickstart, TESTS (files to run).
+# Variables: PYTHON (which Python makes .venv), VENV, STEPS and WORKDIR of the quickstart, TESTS (files to run),
+# EXTRAS (what is installed for tests: dev, or dev,parity to compare with transformers, too).
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/tiny
 STEPS ?=
 TESTS ?= tests
+EXTRAS ?= dev
 PYTEST_FLAGS ?= -n 2
 
 BIN := $(VENV)/bin
 CONSTRAINTS = constraints-$$($(BIN)/python -c 'import sys; print("3.11" if sys.version_info < (3, 12) else "3.12")').txt
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 INPUTS := pyproject.toml constraints-3.11.txt constraints-3.12.txt
+comma := ,
+# Of the dev extra, and of more where EXTRAS names them.
+TESTED := $(VENV)/installed-$(subst $(comma),-,$(EXTRAS))
 
 .PHONY: quickstart test fast lint types format clean
 .DELETE_ON_ERROR:
@@ -24,21 +29,21 @@ quickstart: $(VENV)/installed
 	@echo "== training configs/tiny.py into $(WORKDIR)"
 	@$(BIN)/python train.py --config=configs/tiny.py --workdir=$(WORKDIR) $(if $(STEPS),--config.train.steps=$(STEPS))
 
-test: $(VENV)/installed-dev
+test: $(TESTED)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
 
-fast: $(VENV)/installed-dev
+fast: $(TESTED)
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS) $(TESTS)
 
-lint: $(VENV)/installed-dev
+lint: $(TESTED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/installed-dev
+format: $(TESTED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(VENV)/installed-dev
+types: $(TESTED)
 	$(BIN)/mypy
 
 clean:
@@ -51,10 +56,10 @@ $(VENV)/installed: $(INPUTS) | $(BIN)/python
 	@$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/installed-dev: $(INPUTS) | $(BIN)/python
-	@echo "== installing into $(VENV) the versions of $(CONSTRAINTS), with the dev extra"
-	@$(INSTALL) -e '.[dev]'
-	@touch $(VENV)/installed $@
+$(TESTED): $(INPUTS) | $(BIN)/python
+	@echo "== installing into $(VENV) the versions of $(CONSTRAINTS), with the extras $(EXTRAS)"
+	@$(INSTALL) -e '.[$(EXTRAS)]'
+	@touch $(VENV)/installed $(VENV)/installed-dev $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

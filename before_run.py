@@ -1,4 +1,5 @@
-"""What train.py does before it allocates: the plan, and the layout where it may choose.
+"""What train.py does before it allocates: the plan, the layout where it may choose, the checkpoint
+that it starts from.
 
 `config.layout = "auto"` takes the fastest layout that is predicted to fit the devices that are
 here, and gives the next one when it runs out of memory all the same.
@@ -12,14 +13,19 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from config_border import with_values
-from experiment import read_experiment
+from config_border import is_run, with_values
+from experiment import Experiment, read_experiment
+from hf.files import open_folder
+from hf.importing import find_params, read_params
 from layouts import all_rows
 from memory.measure import OutOfMemory
 from memory.plan import GIB, Row, gib, plan, remedies
 from memory.plan_text import verdict
 from memory.search import best_of, fallbacks, nothing_fits
 from parallel.targets import Target, local_target
+from training.checkpoint import Checkpoints
+from training.state import Model, Tree
+from training.trunk import trunk_params
 
 
 def with_plan(
@@ -108,6 +114,32 @@ def summary(row: Row) -> str:
     named = ", ".join(f"{name} {gib(size)}" for name, size in largest)
     total, limit = gib(grade["total_bytes"]), gib(row["limit_bytes"])
     return f"{total} of {limit} GiB per device predicted ({named})"
+
+
+def initial_params(
+    experiment: Experiment, model: Model, mesh: jax.sharding.Mesh
+) -> Callable[[], Tree | None]:
+    """Reads the parameters of `config.init_from`, once called; None without one.
+
+    Raises:
+      ValueError: at once, if the folder is not of this model, or the run not of its trunk.
+    """
+    if not experiment.init_from:
+        return lambda: None
+    if is_run(experiment.init_from):
+        return trunk_params(
+            Checkpoints(Path(experiment.init_from) / "checkpoints"),
+            f"config.init_from = '{experiment.init_from}'",
+            model,
+            experiment.precision,
+            experiment.seed,
+            mesh,
+            new=experiment.init_new,
+            drop=experiment.init_drop,
+        )
+    folder = open_folder(Path(experiment.init_from), "config.init_from")
+    found = find_params(folder, experiment.model, model, experiment.precision)
+    return lambda: read_params(found, model, experiment.precision, mesh)
 
 
 def check_same_data(saved: str, now: str, workdir: Path) -> None:

@@ -20,11 +20,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from config_border import has_config, keys_named, load_config, override, read_config
+from config_border import keys_named
+from config_sources import Source, config_of
 
 USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 1, 130
 
@@ -50,7 +51,7 @@ def run(
     *,
     name: str,
     about: str | None,
-    config_from: Literal["file", "workdir"],
+    config_from: Source,
     flags: Sequence[Flag] = (),
     argv: Sequence[str] | None = None,
     needs_workdir: bool = True,
@@ -66,8 +67,9 @@ def run(
       name: the command, such as `train.py`.
       about: the text of `--help`.
       config_from: "file" for `--config=FILE`, or where that is absent the workdir's own config (a
-        run that is continued); "workdir" for the workdir's config alone. `--config.KEY=VALUE`
-        overrides either.
+        run that is continued); "workdir" for the workdir's config alone; "workdir or checkpoint"
+        for that or, with `--hf=DIR`, a checkpoint's model in a config file. `--config.KEY=VALUE`
+        overrides each.
       flags: more flags.
       argv: the arguments, if not those of the process.
       needs_workdir: False for a program that is no run: it takes no `--workdir`, joins no other
@@ -85,6 +87,7 @@ def run(
 
             start(options.coordinator, options.num_processes, options.process_id)
             given["workdir"] = options.workdir
+            given |= {"hf": options.hf} if hasattr(options, "hf") else {}
         main(config, **given)
         code = 0
     except KeyboardInterrupt:
@@ -103,7 +106,7 @@ def run(
 def parse(
     name: str,
     about: str | None,
-    config_from: Literal["file", "workdir"],
+    config_from: Source,
     flags: Sequence[Flag],
     arguments: Sequence[str],
     needs_workdir: bool = True,
@@ -121,14 +124,15 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="--config.SECTION.KEY=VALUE sets any key; configs/base.py explains them all",
     )
-    if config_from == "file":
+    either = config_from == "workdir or checkpoint"
+    if either:
+        parser.add_argument("--hf", type=Path, metavar="DIR", help="a Hugging Face checkpoint")
+    if either or config_from == "file":
         parser.add_argument(
             "--config", metavar="FILE[:ARG]", help="experiment, such as configs/tiny.py"
         )
     if needs_workdir:
-        parser.add_argument(
-            "--workdir", type=Path, required=True, metavar="DIR", help="the run's folder"
-        )
+        parser.add_argument("--workdir", type=Path, metavar="DIR", help="the run's folder")
     for flag in flags:
         if flag.type is bool:
             parser.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
@@ -156,24 +160,7 @@ def parse(
     if unknown:
         raise ValueError(_unknown_flag(unknown[0], parser, name))
 
-    if not needs_workdir:
-        if options.config is None:
-            raise ValueError("--config: missing; give --config=configs/tiny.py")
-        return options, override(load_config(options.config), overrides)
-    if options.workdir == Path():
-        raise ValueError(f"--workdir={options.workdir}: give the run's folder, such as runs/tiny")
-    if options.workdir.exists() and not options.workdir.is_dir():
-        raise ValueError(f"--workdir={options.workdir}: a file; give the run's folder")
-    if config_from == "file" and options.config is not None:
-        config = load_config(options.config)
-    elif config_from == "file" and not has_config(options.workdir):
-        raise ValueError(
-            f"--config: missing, and --workdir={options.workdir} has no run to continue; "
-            f"give --config=configs/tiny.py"
-        )
-    else:
-        config = read_config(options.workdir)
-    return options, override(config, overrides)
+    return options, config_of(options, overrides, config_from, name)
 
 
 def this_python() -> str:

@@ -137,6 +137,11 @@ def has_config(workdir: str | os.PathLike[str]) -> bool:
     return (Path(workdir) / FILE).is_file()
 
 
+def is_run(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a workdir with checkpoints, and none of a checkpoint of others."""
+    return (Path(folder) / "checkpoints").is_dir()
+
+
 def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     """The config that `write_config` left; keys that are newer than it have their default.
 

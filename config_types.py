@@ -78,6 +78,8 @@ def fit(value: Any, hint: Any, key: str) -> Any:
         if value in args:
             return value
         raise ValueError(f"{wrong}{did_you_mean(str(value), map(str, args), only_close=True)}")
+    if dataclasses.is_dataclass(origin) and isinstance(value, typing.cast(type, origin)):
+        return value
     if dataclasses.is_dataclass(origin) and isinstance(value, Mapping | ConfigDict):
         return build(typing.cast(type, origin), value, key)
     if origin is float and type(value) in (int, float):

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from config_types import build
+from config_types import build, fit
+from data import agree
 from data.config import DataConfig
+from data.objective import ObjectiveConfig
+from data.parts import ImageShape
+from experiment_checks import check_images, check_pipeline, divided
 from memory.job import Job
 from memory.plan import MemoryConfig
-from models.config import DecoderConfig
-from models.part_costs import part_costs
+from models import config_checks
+from models.beside import beside_length
+from models.config import ModelConfig
+from models.experts_config import ExpertsConfig
+from models.vision_config import VisionConfig
 from parallel.mesh import MeshConfig
 from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
-from parallel.remat import RematConfig
+from parallel.remat import CROSS_TENSORS, EXPERT_TENSORS, RematConfig
 from parallel.rules import ParallelConfig, Rules, make_rules
 from training.checkpoint import CheckpointConfig
-from training.evaluation import RESULTS, EvalConfig
+from training.evaluation import EvalConfig, results
+from training.frozen import freeze
 from training.losses import LossConfig
 from training.metrics import LoggingConfig
-from training.objectives import causal_lm
+from training.objectives import check_objective, make_model
 from training.optim import OptimizerConfig
 from training.state import Model
+
+if TYPE_CHECKING:
+    from data.dataset import Data
 
 LAYOUTS = ("given", "auto")
 
@@ -56,7 +69,10 @@ class Experiment:
 
     seed: int
     layout: str  # "given", or "auto": chosen by `before_run.py`
-    model: DecoderConfig
+    init_from: str  # a checkpoint's or a run's folder to start from, or ""
+    init_new: tuple[str, ...]  # patterns of parameters that a run's checkpoint may lack
+    init_drop: tuple[str, ...]  # of those in it that are left out
+    model: ModelConfig
     mesh: MeshConfig
     parallel: ParallelConfig
     pipeline: PipelineConfig
@@ -64,6 +80,7 @@ class Experiment:
     remat: RematConfig
     data: DataConfig
     optimizer: OptimizerConfig
+    objective: ObjectiveConfig
     loss: LossConfig
     train: TrainConfig
     checkpoint: CheckpointConfig
@@ -97,15 +114,16 @@ class Experiment:
         key = "config.data.batch_size" + (
             f" / config.{of} = {batch} / {micro}" if micro > 1 else ""
         )
-        dims = self.model.dims() | {
-            "batch": (batch // micro, key),
-            "residual_seq": (self.data.sequence_length, "config.data.sequence_length"),
-        }
+        dims = self.model.dims() | self.model.row_dims(
+            self.data.sequence_length, self.data.source_length
+        )
+        dims["batch"] = batch // micro, key
         return make_rules(self.parallel, self.mesh.sizes(), dims, rows=self.in_rows())
 
     def _near(self, micro: int) -> str:
         """The numbers of micro-batches next to `micro` that the batch allows."""
-        batch, copies = self.data.batch_size, self.mesh.data * self.mesh.fsdp
+        batch = self.data.batch_size
+        copies = self.mesh.data * self.mesh.fsdp * self.mesh.expert
         rows = batch if batch % copies else batch // copies  # of each copy, which divide, too
         right = [n for n in range(1, rows + 1) if rows % n == 0]
         near = [*[n for n in right if n < micro][-1:], *[n for n in right if n > micro][:1]]
@@ -120,9 +138,30 @@ class Experiment:
         return self.pipeline.division(schedule, layers, period).in_rows(schedule)
 
     def build_model(self) -> Model:
-        """The model as pure functions under this layout; call it inside `jax.set_mesh`."""
+        """The model as pure functions under this layout; call it inside `jax.set_mesh`.
+
+        Raises:
+          ValueError: `config.optimizer.frozen` is of other parameters.
+        """
         pipeline = self.pipeline if self.staged else None
-        return causal_lm(self.model, self.loss, self.rules(), self.remat, pipeline)
+        rules, frozen = self.rules(), self.optimizer.frozen if self.training else ()
+        made = make_model(self.model, self.objective, self.loss, rules, self.remat, pipeline)
+        return freeze(made, frozen)
+
+    def open_data(self, folder: Path) -> Data:
+        """The data of this run, whose folder is given."""
+        from data.dataset import open_data  # here: it imports grain
+
+        vision = self.model.vision
+        image = ImageShape(vision.image_size, vision.patch_size, vision.channels)
+        return open_data(
+            self.data,
+            self.model.vocab_size,
+            folder,
+            seed=self.seed,
+            objective=self.objective,
+            image=image if vision.image_size else None,
+        )
 
     def job(self) -> Job:
         """The training step, for the planner."""
@@ -133,6 +172,7 @@ class Experiment:
             precision=self.precision,
             remat=self.remat,
             optimizer=self.optimizer,
+            objective=self.objective,
             loss=self.loss,
             batch_size=self.data.batch_size,
             sequence_length=self.data.sequence_length,
@@ -140,7 +180,16 @@ class Experiment:
             steps=self.train.steps,
             rules=self.rules(),
             pipeline=self.pipeline if self.staged else None,
+            source_length=self.source_length,
         )
+
+    @property
+    def source_length(self) -> int:
+        """What layers attend to besides a row: tokens of its source, or patches of its image; 0
+        where they attend to nothing else.
+        """
+        crosses = self.model.cross != "none"
+        return beside_length(self.model, self.data.source_length) * crosses
 
     def describe_layout(self) -> str:
         """One line: the mesh and what divides what."""
@@ -175,6 +224,20 @@ class Experiment:
                 "config.optimizer.offload has no effect: XLA:CPU keeps everything in host memory"
             )
         notes += self.pipeline_notes
+        notes += self.model.experts.without_effect()
+        notes += config_checks.without_effect(self.model)
+        notes += self.objective.without_effect()
+        notes += agree.without_effect(self.data, self.objective)
+        if self.loss.z_loss and not self.model.token_head:
+            notes.append("config.loss.z_loss has no effect: no token is predicted")
+        for tensors, there, why in (
+            (EXPERT_TENSORS, self.model.experts.number > 0, "config.experts.number is 0"),
+            (CROSS_TENSORS, self.model.cross != "none", "config.model.cross is 'none'"),
+        ):
+            named = {*self.remat.save, *self.remat.offload} & set(tensors)
+            if named and not there:
+                listed = ", ".join(sorted(named))
+                notes.append(f"{listed} in config.remat has no effect: {why}")
         if self.staged and self.model.unroll > 1:
             notes.append("config.model.unroll has no effect: config.mesh.pipe is not 1")
         if self.precision.accumulate != "float32" and self.micro_steps == 1 and not self.staged:
@@ -202,7 +265,10 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
     experiment = Experiment(
         seed=config.seed,
         layout=config.layout,
-        model=build(DecoderConfig, config.model, "config.model"),
+        init_from=config.init_from,
+        init_new=fit(config.init_new, tuple[str, ...], "config.init_new"),
+        init_drop=fit(config.init_drop, tuple[str, ...], "config.init_drop"),
+        model=read_model(config),
         mesh=build(MeshConfig, config.mesh, "config.mesh").resolve(device_count),
         parallel=build(ParallelConfig, config.parallel, "config.parallel"),
         pipeline=build(PipelineConfig, config.pipeline, "config.pipeline"),
@@ -210,6 +276,7 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         remat=build(RematConfig, config.remat, "config.remat"),
         data=build(DataConfig, config.data, "config.data"),
         optimizer=build(OptimizerConfig, config.optimizer, "config.optimizer"),
+        objective=build(ObjectiveConfig, config.objective, "config.objective"),
         loss=build(LossConfig, config.loss, "config.loss"),
         train=build(TrainConfig, config.train, "config.train"),
         checkpoint=build(CheckpointConfig, config.checkpoint, "config.checkpoint"),
@@ -218,16 +285,20 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         memory=build(MemoryConfig, config.memory, "config.memory"),
         training=training,
     )
-    length, longest = experiment.data.sequence_length, experiment.model.max_length
-    if length > longest:
+    check_objective(experiment.model, experiment.objective)
+    if experiment.mesh.expert > 1 and not experiment.model.experts.number:
         raise ValueError(
-            f"config.data.sequence_length = {length} is longer than config.model.max_length = "
-            f"{longest}; shorten it, or raise max_length"
+            f"config.mesh.expert = {experiment.mesh.expert}: there are no experts to divide "
+            f"(config.experts.number is 0); set it to 1, and config.mesh.data or fsdp higher"
         )
-    best = experiment.checkpoint.best
-    if best and best not in RESULTS:
+    data, model = experiment.data, experiment.model
+    agree.check_source(data, experiment.objective, model.family)
+    check_images(data.sequence_length, model)
+    agree.check_lengths(data, experiment.objective, model.max_length)
+    best, possible = experiment.checkpoint.best, results(experiment.model)
+    if best and best not in possible:
         raise ValueError(
-            f"config.checkpoint.best = {best!r}: choose one of {', '.join(RESULTS)}; the step "
+            f"config.checkpoint.best = {best!r}: choose one of {', '.join(possible)}; the step "
             f"with the lowest is kept"
         )
     notes = experiment.pipeline.without_effect(experiment.mesh.pipe)
@@ -239,39 +310,17 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
     return experiment
 
 
-def check_pipeline(experiment: Experiment) -> None:
-    """Refuses stages that the schedule, the layers or other sections do not allow.
+def read_model(config: ConfigDict) -> ModelConfig:
+    """`config.model`, its sections of their own and what `config.objective` says of it as one.
 
     Raises:
       ValueError: naming the key, its value and what would be right.
     """
-    accumulation = experiment.train.grad_accumulation
-    if accumulation != 1:
-        raise ValueError(
-            f"config.train.grad_accumulation = {accumulation}: with config.mesh.pipe = "
-            f"{experiment.mesh.pipe} config.pipeline.microbatches divides a batch; set it to 1"
-        )
-    if experiment.optimizer.offload:  # it loops over layers, which are divided over stages
-        raise ValueError(
-            f"config.optimizer.offload = True: not built for config.mesh.pipe = "
-            f"{experiment.mesh.pipe}; set it to False, or the pipe axis to 1"
-        )
-    if experiment.remat.offload:  # rings are on the device
-        raise ValueError(
-            f"config.remat.offload = {list(experiment.remat.offload)}: not built for "
-            f"config.mesh.pipe = {experiment.mesh.pipe}; name them in config.remat.save, or set "
-            f"the pipe axis to 1"
-        )
-
-
-def divided(experiment: Experiment) -> PipelineConfig:
-    """The pipeline with the layers of every chunk.
-
-    Raises:
-      ValueError: of `PipelineConfig.division`.
-    """
-    model, pipeline = experiment.model, experiment.pipeline
-    costs = part_costs(model, experiment.data.sequence_length, experiment.remat)
-    schedule = pipeline.table(experiment.mesh.pipe)
-    division = pipeline.division(schedule, model.layers, len(model.pattern), costs)
-    return replace(pipeline, layers=division.layers)
+    objective = build(ObjectiveConfig, config.objective, "config.objective")
+    parts = {
+        "experts": build(ExpertsConfig, config.experts, "config.experts"),
+        "vision": build(VisionConfig, config.vision, "config.vision"),
+        "tasks": tuple(objective.tasks.items()),
+        "token_head": objective.name != "classification",
+    }
+    return build(ModelConfig, {**config.model, **parts}, "config.model")

@@ -61,6 +61,7 @@ def all_rows(
         remats=remat_choices(plain(config.remat), host_memory),
         offload=(False, True) if host_memory else (),
         precisions=precisions,
+        experts=config.experts.number,
     )
     rows: list[Row] = []
     error: ValueError | None = None

@@ -1,9 +1,9 @@
 """Trains the model of a config; the same command again continues a run that was stopped or killed.
 
     python train.py --config=configs/tiny.py --workdir=runs/tiny
-    python train.py --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=600
     JAX_NUM_CPU_DEVICES=8 python train.py --config=configs/tiny.py --workdir=runs/tiny8 \
         --config.mesh.fsdp=4 --config.mesh.tensor=2
+    python train.py --config=configs/tiny.py --workdir=runs/tuned --config.init_from=DIR
 
 The workdir gets `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
 """
@@ -31,10 +31,9 @@ def train(config: Any, workdir: Path) -> None:
     """Config, mesh, data, state, step, loop."""
     import jax
 
-    from before_run import check_same_data
+    from before_run import check_same_data, initial_params
     from config_border import check_same_run, has_config, read_config, write_config
     from config_types import plain
-    from data.dataset import open_data
     from data.loader import device_batches, local_rows
     from experiment import read_experiment
     from memory.measure import MemoryWatch
@@ -42,11 +41,11 @@ def train(config: Any, workdir: Path) -> None:
     from parallel.compilation import keep_compiled, safe_compilation
     from parallel.mesh import make_mesh
     from training.checkpoint import Checkpoints
-    from training.evaluation import evaluate, make_eval_step
+    from training.evaluation import COUNTS, evaluate, make_eval_step
     from training.metrics import Metrics
     from training.optim import make_optimizer
     from training.schedules import make_schedule
-    from training.state import abstract_state, create_state
+    from training.state import abstract_state, count_of, create_state
     from training.step import make_step
     from training.stop import StopSignal
 
@@ -64,21 +63,20 @@ def train(config: Any, workdir: Path) -> None:
         model = experiment.build_model()
         spec = model.rules.spec("batch seq")
         settings = experiment.train
-        optimizer = make_optimizer(experiment.optimizer, settings.steps, model.axes)
+        optimizer = make_optimizer(experiment.optimizer, settings.steps, model.trained(model.axes))
         schedule = make_schedule(experiment.optimizer, settings.steps)
         kind, count = jax.devices()[0].device_kind, jax.device_count()
+        params_of = initial_params(experiment, model, mesh)
         say(f"devices: {count} x {kind}; {experiment.describe_layout()}")
         for note in experiment.without_effect(jax.default_backend()):
             say(f"note: {note}")
 
         # --- Data -----------------------------------------------------------------------------
-        data = open_data(
-            experiment.data, experiment.model.vocab_size, workdir, seed=experiment.seed
-        )
+        data = experiment.open_data(workdir)
         rows = local_rows(mesh, spec, experiment.data.batch_size)
         say(str(data.summary))
 
-        # --- State: restored, or drawn from the seed ------------------------------------------
+        # --- State: restored, read from config.init_from, or drawn from the seed --------------
         start, state = 0, None
         if checkpoints.latest() is not None:
             abstract = abstract_state(model, optimizer, experiment.precision, mesh)
@@ -86,12 +84,16 @@ def train(config: Any, workdir: Path) -> None:
             check_same_data(checkpoints.metadata(start)["data"], data.summary.fingerprint, workdir)
             say(f"continuing from step {start}")
         else:
-            state = create_state(model, optimizer, experiment.precision, experiment.seed, mesh)
+            state = create_state(
+                model, optimizer, experiment.precision, experiment.seed, mesh, params_of()
+            )
         if jax.process_index() == 0:  # only now is nothing refused any more
             write_config(workdir, config)
-        parameters = sum(p.size for p in jax.tree.leaves(state.params))
+        every, trained = (count_of(tree) for tree in (state.params, model.trained(state.params)))
+        part = "" if trained == every else f", {trained:,} of them trained"
         padded = experiment.model.padded_vocab
-        say(f"model: {parameters:,} parameters, vocabulary padded to {padded}")
+        table = f", vocabulary padded to {padded}" if padded else ""
+        say(f"model: {every:,} parameters{part}{table}")
 
         # --- Step -----------------------------------------------------------------------------
         step_fn = make_step(
@@ -103,18 +105,18 @@ def train(config: Any, workdir: Path) -> None:
             micro_steps=experiment.micro_steps,
         )
         jitted = jax.jit(step_fn, donate_argnums=0, compiler_options=safe_compilation())
-        compiled: dict[int, Callable[..., Any]] = {}  # by sequence length: one, or one a bucket
+        compiled: dict[Any, Callable[..., Any]] = {}  # by shapes: one, or one a bucket
 
         def run_step(state: Any, batch: dict[str, jax.Array]) -> Any:
-            length = batch["tokens"].shape[1]
-            if length not in compiled:
+            shapes = tuple(array.shape for array in batch.values())
+            if shapes not in compiled:
                 with metrics.paused():  # not a step's time
                     since = time.perf_counter()
-                    compiled[length] = jitted.lower(state, batch).compile()
-                    mib = watch.compiled(compiled[length], batch) / 2**20
+                    compiled[shapes] = jitted.lower(state, batch).compile()
+                    mib = watch.compiled(compiled[shapes], batch) / 2**20
                     seconds = time.perf_counter() - since
                     say(f"step compiled in {seconds:.1f} s: {mib:,.0f} MiB per device")
-            return compiled[length](state, batch)
+            return compiled[shapes](state, batch)
 
         eval_step = jax.jit(
             make_eval_step(model, experiment.precision, data.tokenizer.token_bytes()),
@@ -133,7 +135,9 @@ def train(config: Any, workdir: Path) -> None:
             log_every=settings.log_every,
             max_skipped=settings.max_skipped,
             step=start,
-            flops_per_token=flops_per_token(experiment.model, experiment.data.sequence_length),
+            flops_per_token=flops_per_token(
+                experiment.model, experiment.data.sequence_length, experiment.source_length
+            ),
             run_config=plain(config),
             watch=watch.row,
         )
@@ -159,9 +163,7 @@ def train(config: Any, workdir: Path) -> None:
                 if due or (saving and experiment.checkpoint.best):
                     with metrics.paused() as row:
                         held_out = held_out_loss(state.params)
-                        row |= {
-                            f"eval_{name}": held_out[name] for name in ("loss", "bits_per_byte")
-                        }
+                        row |= {f"eval_{n}": v for n, v in held_out.items() if n not in COUNTS}
                 # The row comes first, so that a kill in between loses neither; and steps that are
                 # skipped push no good checkpoint out.
                 if saving and (metrics.flush() or done or stopping):
@@ -178,10 +180,10 @@ def train(config: Any, workdir: Path) -> None:
 
 def format_result(result: dict[str, float]) -> str:
     """A result of `evaluate` for a person."""
-    return (
-        f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, "
-        f"{result['bits_per_byte']:.3f} bits per byte"
-    )
+    words = {"perplexity": "perplexity {:.2f}", "bits_per_byte": "{:.3f} bits per byte"}
+    shown = [n for n in result if n in words or n.endswith(("loss", "_accuracy"))]
+    form = lambda name: words.get(name, f"{name.replace('_', ' ')} {{:.4f}}")
+    return ", ".join(form(name).format(result[name]) for name in shown)
 
 
 def say(line: str) -> None:

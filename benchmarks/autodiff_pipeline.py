@@ -26,9 +26,9 @@ from jax.sharding import PartitionSpec as P
 
 from parallel.mesh import PIPE
 from parallel.precision import PrecisionConfig
-from parallel.rules import is_stacked
+from parallel.rules import is_staged
 from parallel.zero import laid_out
-from training.micro_batches import Batch, means, split, token_weights
+from training.micro_batches import Batch, Weights, loss_weights, means, split
 from training.state import Model
 
 Tree = Any
@@ -51,24 +51,28 @@ def loss_and_grads(
     each, last = cut.layers // p, p - 1
     tree: Any
     names, tree = jax.tree.flatten(model.axes)
-    by_stage = tree.unflatten([P(PIPE) if is_stacked(n) else P() for n in names])
+    by_stage = tree.unflatten([P(PIPE) if is_staged(n) else P() for n in names])
 
-    def blocks(params: Tree, x_BTD: jax.Array, batch: Batch, key: Any, stage: Any) -> jax.Array:
-        return cut.blocks(params, x_BTD, batch, key, stage * each)
+    def blocks(
+        params: Tree, x_BTD: jax.Array, batch: Batch, key: Any, stage: Any, weights: Weights
+    ) -> jax.Array:
+        return cut.blocks(params, x_BTD, batch, key, stage * each, weights)
 
     run_blocks = jax.checkpoint(blocks) if full else blocks
 
     def loss(
-        leaves: Tree, batch: Tree, weights_MBT: jax.Array, key: jax.Array | None, stage: jax.Array
+        leaves: Tree, batch: Tree, weights: Tree, key: jax.Array | None, stage: jax.Array
     ) -> tuple[jax.Array, Tree]:
         """The part of the loss that this stage computes; over all stages it sums to the loss."""
 
         def tick(sent_BTD: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
             index = jnp.clip(t - stage, 0, m - 1)
-            part = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, 0, False), batch)
+            part, of_part = jax.tree.map(
+                lambda a: lax.dynamic_index_in_dim(a, index, 0, False), (batch, weights)
+            )
             own = key if key is None or m == 1 else jax.random.fold_in(key, index)
             x_BTD = jnp.where(stage == 0, cut.embed(leaves, part, own), sent_BTD)
-            y_BTD = run_blocks(leaves, x_BTD, part, own, stage)
+            y_BTD = run_blocks(leaves, x_BTD, part, own, stage, of_part)
             return lax.ppermute(y_BTD, PIPE, [(s, s + 1) for s in range(last)]), y_BTD
 
         first = jax.tree.map(lambda a: a[0], batch)
@@ -84,13 +88,13 @@ def loss_and_grads(
         outputs = jnp.where(stage == last, y_MBTD[last:], 0)
         x_BTD = lax.psum_scatter(outputs, PIPE, tiled=True)
         x_BTD = jnp.reshape(x_BTD, (-1, *x_BTD.shape[2:]))
-        return cut.loss(leaves, x_BTD, jax.tree.map(mine, batch), mine(weights_MBT))
+        return cut.loss(leaves, x_BTD, jax.tree.map(mine, batch), jax.tree.map(mine, weights))
 
     def stage(
-        leaves: Tree, batch: Tree, weights_MBT: jax.Array, key: Any, number: jax.Array
+        leaves: Tree, batch: Tree, weights: Tree, key: Any, number: jax.Array
     ) -> tuple[Tree, Tree]:
         grad = jax.value_and_grad(loss, has_aux=True)
-        sums, grads = grad(leaves, batch, weights_MBT, key, number[0])
+        sums, grads = grad(leaves, batch, weights, key, number[0])
 
         def summed(array: jax.Array, spec: P) -> jax.Array:
             return array if spec == P(PIPE) else lax.psum(array, PIPE)
@@ -110,8 +114,8 @@ def loss_and_grads(
     ) -> tuple[dict[str, jax.Array], Tree]:
         leaves, copy = laid_out(params, model.axes, rules, precision.compute)
         assert copy is None, "ZeRO level 2 is not written here"
-        weights_BT, tokens = token_weights(batch, scale)
-        parts = jax.tree.map(lambda a: split(a, m), (batch, weights_BT))
+        weights, tokens = loss_weights(batch, scale)
+        parts = jax.tree.map(lambda a: split(a, m), (batch, weights))
         (total, aux), grads = run(leaves, *parts, key, jnp.arange(p))
 
         def at_rest(array: jax.Array, names: str) -> jax.Array:

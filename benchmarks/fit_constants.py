@@ -20,10 +20,8 @@ from scipy.optimize import differential_evolution  # type: ignore[import-untyped
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from memory_accuracy import make_job, read_cells  # noqa: E402
-
+from benchmarks.memory_accuracy import make_job, read_cells  # noqa: E402
 from memory.constants import CONSTANTS, Constants  # noqa: E402
 from memory.predict import prediction_of  # noqa: E402
 from memory.terms import Terms  # noqa: E402

@@ -152,6 +152,7 @@ class Error:
     cell: dict[str, Any]
     total: float
     temporaries: float
+    arguments: float
     phase: str
     predicted: int
     limit: int
@@ -175,6 +176,7 @@ def errors(rows: list[dict[str, Any]]) -> list[Error]:
                 row,
                 prediction.total_bytes / compiled["total_bytes"] - 1,
                 prediction.temporaries / max(1, compiled["temporaries"]) - 1,
+                prediction.arguments / max(1, compiled["arguments"]) - 1,
                 max(prediction.phases, key=lambda phase: prediction.phases[phase]),
                 prediction.total_bytes,
                 chip.memory,

@@ -55,10 +55,9 @@ Rows = Iterator[dict[str, Any]]
 
 def autodiff(rounds: int) -> Rows:
     """1F1B and both forms of the other, by rematerialisation and micro-batches."""
-    from autodiff_pipeline import loss_and_grads
-    from staged import Program, busy, ours, ratio, staged, take_turns
-
-    from training.objectives import causal_lm
+    from benchmarks.autodiff_pipeline import loss_and_grads
+    from benchmarks.staged import Program, busy, ours, ratio, staged, take_turns
+    from training.causal_lm import causal_lm
 
     def theirs(*, stages: bool, layers: bool) -> Callable[..., Any]:
         def make(model: Any, e: Any) -> Any:
@@ -99,8 +98,7 @@ def autodiff(rounds: int) -> Rows:
 
 def growth(_: int) -> Rows:
     """Every schedule in every form; two stages hold as much of 4 micro-batches as of 32."""
-    from staged import Program, staged
-
+    from benchmarks.staged import Program, staged
     from parallel.schedule_kinds import FORMS, make_schedule
     from parallel.schedule_slots import slots
 
@@ -130,9 +128,8 @@ def growth(_: int) -> Rows:
 
 def ticks(rounds: int) -> Rows:
     """Seconds of a step over the simulator's, for tables with F, B and W together and apart."""
-    from stage_costs import stage_costs
-    from staged import Program, busy, staged, take_turns
-
+    from benchmarks.stage_costs import stage_costs
+    from benchmarks.staged import Program, busy, staged, take_turns
     from parallel.schedule_costs import lockstep
     from parallel.schedule_kinds import Form, make_schedule
 

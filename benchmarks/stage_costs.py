@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from staged import Program, ours
 
+from benchmarks.staged import Program, ours
 from experiment import Experiment
 from parallel.mesh import PIPE
 from parallel.schedule_costs import Costs

@@ -21,13 +21,13 @@ from jax.sharding import NamedSharding
 
 from configs import tiny
 from experiment import Experiment, read_experiment
-from memory.compiled import BATCH
 from parallel.compilation import quick_compilation
 from parallel.mesh import make_mesh
 from training.state import Model
 from training.step import loss_and_grads
 
 ROWS = 16  # sequences of a micro-batch
+BATCH = ("tokens", "targets", "segments", "positions")
 Make = Callable[[Model, Experiment], Callable[..., Any]]
 
 

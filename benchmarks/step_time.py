@@ -35,12 +35,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import bare
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import bare
 from configs import base
 from experiment import Experiment, read_experiment
 from parallel.huge_pages import use_huge_pages
@@ -108,7 +108,9 @@ def ours(experiment: Experiment) -> tuple[Step, float, Any]:
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         model, precision = experiment.build_model(), experiment.precision
-        optimizer = make_optimizer(experiment.optimizer, experiment.train.steps, model.axes)
+        optimizer = make_optimizer(
+            experiment.optimizer, experiment.train.steps, model.trained(model.axes)
+        )
         schedule = make_schedule(experiment.optimizer, experiment.train.steps)
         step_fn = make_step(model, optimizer, schedule, precision, seed=experiment.seed)
         state = create_state(model, optimizer, precision, experiment.seed, mesh)

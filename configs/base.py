@@ -16,11 +16,26 @@ def get_config() -> ConfigDict:
 
     config.layout = "given"  # given | auto: mesh, parallel, remat and micro-steps are chosen to fit
 
+    # A local Hugging Face checkpoint to start from, or the workdir of another run. It fills `model`
+    # and `experts` (a workdir `vision` too), and `data.tokenizer` where it has one; keys of the
+    # command line stand above it.
+    config.init_from = ""
+    config.init_new = ()  # patterns of parameters that a workdir may lack, drawn: ("heads/*",)
+    config.init_drop = ()  # of those in it that are left out; docs/sharing.md
+
     config.model = model = ConfigDict()  # models/config.py
-    model.family = "decoder"
+    model.family = "decoder"  # decoder | encoder (tokens see both ways) | encoder_decoder (a text
+    #          from another) | vision (images classified) | vision_language (an image, then text)
+    model.encoder_layers = 0  # of an encoder_decoder's encoder, otherwise like the decoder
+    model.source_tied = True  # the encoder's embedding table is the decoder's
+    model.cross = "none"  # none | plain | gated (by a scalar from 0): attention over the source, or
+    #                       over an image that then does not stand before the text
     model.vocab_size = 4096  # of the tokenizer; padded at rest to a multiple of 128
     model.layers = 4
+    model.distinct = 0  # blocks that the layers share; 0: every layer has its own
+    model.sharing = "cycle"  # cycle (blocks 0 1 2 0 1 2) | repeat (0 0 1 1 2 2)
     model.embed_dim = 256
+    model.embed_rank = 0  # r of a factorised embedding [V, r] [r, D], and head; 0: [V, D]
     model.mlp_dim = 1024  # inner width of the feed-forward
     model.heads = 8  # query heads
     model.kv_heads = 8  # fewer than heads: grouped-query attention; 1: multi-query
@@ -29,8 +44,13 @@ def get_config() -> ConfigDict:
     model.norm_position = "pre"  # pre | post | sandwich (before and after)
     model.norm_eps = 1e-6
     model.norm_plus_one = False  # gains are stored minus one (Gemma)
-    model.positions = "rope"  # rope | learned | sinusoidal | none
+    model.positions = "rope"  # rope | learned | sinusoidal | relative (a bias of scores) | none
     model.max_length = 2048  # tokens; the longest sequence, the size of a learned table
+    model.position_offset = 0  # rows of that table before the first position's (RoBERTa: 2)
+    model.token_types = 0  # encoder: rows of a table (BERT: 2); 0: none; rows here are of type 0
+    model.embed_norm = False  # encoder: embeddings go through a norm before dropout
+    model.relative_buckets = 32  # of distances of tokens, each with a bias for each head
+    model.relative_distance = 128  # tokens; from here on all distances are in one bucket
     model.rope_theta = 10_000.0  # base of the rotary frequencies
     model.rope_local_theta = 0.0  # the same for local layers; 0: as rope_theta
     model.rope_scaling = "none"  # none | linear | llama3: rotary frequencies for longer contexts
@@ -52,19 +72,42 @@ def get_config() -> ConfigDict:
     model.window = 0  # tokens a local layer sees, its own included; 0: all
     model.pattern = ("global",)  # kinds of layers, local or global, repeated over the depth
     model.tied = True  # the loss head is the embedding table
+    model.head_transform = False  # encoder: dense, activation and norm before the head's table
+    model.head_bias = False  # encoder: a bias for each token of the vocabulary
+    model.pooler = False  # encoder: rows are classified by dense and tanh of their first token
     model.embed_scale = False  # embeddings times sqrt(embed_dim)
+    model.head_scale = False  # features before the loss head divided by sqrt(embed_dim)
     model.init_std = 0.02  # of the initial weights
     model.dropout = 0.0  # of embeddings and residual branches, in [0, 1)
     model.attention_dropout = 0.0  # of attention probabilities
     model.attention = "auto"  # auto | xla | rows | blocked | cudnn
     model.unroll = 1  # layers in one iteration of the scan; more is faster, and saves more
 
+    config.experts = experts = ConfigDict()  # models/experts_config.py; in place of feed-forwards
+    experts.number = 0  # of a layer; 0: one dense feed-forward
+    experts.per_token = 2  # experts that a token goes to
+    experts.mlp_dim = 0  # inner width of an expert; 0: model.mlp_dim
+    experts.capacity = 0.0  # 0: no token is dropped; else of an expert, in even shares of a row
+    experts.normalise = True  # the weights of a token's experts sum to one
+    experts.balance_loss = 0.01  # weight of the load-balancing loss of each layer
+    experts.z_loss = 0.0  # weight of the router z-loss of each layer
+
+    config.vision = vision = ConfigDict()  # models/vision_config.py; images, and a ViT beside them
+    vision.image_size = 0  # pixels of a side; 0: no images
+    vision.patch_size = 16  # pixels of a patch's side; an image is whole patches
+    vision.channels = 3  # values of a pixel: 1 (grey) or 3 (red, green, blue)
+    vision.layers = 0  # of the ViT beside a decoder; with family vision they are model.layers,
+    vision.embed_dim = 0  # and this is model.embed_dim,
+    vision.mlp_dim = 0  # and so on: leave these four 0 there
+    vision.heads = 0
+    vision.projector = "linear"  # linear | mlp: how the ViT's features become tokens of the decoder
+
     config.mesh = mesh = ConfigDict()  # parallel/mesh.py; the product is the number of devices
     mesh.data = -1  # copies of the model, each on its part of the batch; -1: what is left
     mesh.fsdp = 1  # as data, and parameters and optimizer state are divided too (parallel.zero)
     mesh.pipe = 1  # pipeline stages, each with its part of the layers
     mesh.context = 1  # parts of the sequence; only 1 for now
-    mesh.expert = 1  # groups of experts; only 1 for now
+    mesh.expert = 1  # as data, and experts are divided too: tokens travel to theirs
     mesh.tensor = 1  # parts of every layer: heads, feed-forward, vocabulary
 
     config.parallel = parallel = ConfigDict()  # parallel/rules.py
@@ -103,14 +146,17 @@ def get_config() -> ConfigDict:
     remat.offload = ()  # custom: names of tensors kept in host memory
 
     config.data = data = ConfigDict()  # data/config.py
-    data.source = "stdlib"  # stdlib | text | jsonl | tokens | dataset
-    data.path = ""  # file or glob; a folder for dataset; empty for stdlib
+    data.source = "stdlib"  # stdlib | text | jsonl | tokens | dataset | docstrings (code to
+    #                         docstring, of the standard library) | digits (scans) | images (jsonl)
+    data.path = ""  # file or glob; a folder for dataset; empty for stdlib, docstrings and digits
     data.eval_path = ""  # held-out documents; empty: about 5% of path's are held out
-    data.text_field = "text"  # the field of jsonl and dataset that holds the text
+    data.text_field = "text"  # the field of jsonl, dataset and images that holds the text
+    data.source_field = ""  # the field of jsonl that holds its source (objective seq2seq)
     data.token_dtype = "uint16"  # uint16 | uint32: of raw .bin files (tokens)
     data.tokenizer = "bpe"  # bytes | bpe (trained on the training documents) | a tokenizer.json
     data.end_token = ""  # end of document in that tokenizer.json; empty: looked for by usual names
-    data.sequence_length = 256  # tokens in a row
+    data.sequence_length = 256  # tokens in a row; of the targets where rows have sources
+    data.source_length = 256  # tokens in a source row (span_corruption, seq2seq)
     data.batch_size = 64  # rows of a step over all devices
     data.packing = "packed"  # packed (several documents a row, which do not see each other) |
     #                          buckets (one piece a row, rows of several lengths) | none
@@ -131,7 +177,16 @@ def get_config() -> ConfigDict:
     optimizer.eps = 1e-8
     optimizer.momentum = 0.9  # sgd and muon
     optimizer.offload = False  # optimizer state in host memory, streamed layer by layer
+    optimizer.frozen = ()  # patterns of parameters that stay as they are: ("embedding", "stack/*")
     optimizer.clip_norm = 1.0  # gradients with a larger global norm are scaled down to it; 0: off
+
+    config.objective = objective = ConfigDict()  # data/objective.py
+    objective.name = "causal_lm"  # causal_lm | prefix_lm (a prefix of each row sees itself whole) |
+    #      masked_lm | span_corruption | seq2seq | captioning | classification; docs/objectives.md
+    objective.mask_rate = 0.15  # of the tokens: masked_lm, span_corruption
+    objective.span_length = 3.0  # tokens of a span on average: span_corruption
+    objective.tasks = ConfigDict()  # what is classified: {"digit": 10} has a head of 10 classes
+    objective.task_weight = 1.0  # of each task's loss, beside that of tokens
 
     config.loss = loss = ConfigDict()  # training/losses.py
     loss.chunk = 1024  # tokens per device whose logits exist at one time

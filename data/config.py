@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SOURCES = ("stdlib", "text", "jsonl", "tokens", "dataset")
+TEXTS = ("stdlib", "text", "jsonl", "tokens", "dataset")
+IMAGES = ("digits", "images")
+SOURCES = (*TEXTS, "docstrings", *IMAGES)
+NO_PATH = ("stdlib", "docstrings", "digits")  # each its own data
 PACKINGS = ("packed", "buckets", "none")
 TOKEN_DTYPES = ("uint16", "uint32")
 
@@ -15,19 +18,24 @@ class DataConfig:
 
     Attributes:
       source: `stdlib` (CPython's own standard library), `text` (one document a file), `jsonl` (one
-        a line), `tokens` (already tokenised), `dataset` (a folder of Parquet or Arrow; extra `hf`).
-      path: a file, a folder (`dataset`) or a glob; empty for `stdlib`.
+        a line), `tokens` (already tokenised), `dataset` (a folder of Parquet or Arrow; extra `hf`),
+        `docstrings` (pairs of code and its docstring, of the standard library), `digits` (scanned
+        digits, of scikit-learn), `images` (a jsonl that names an image in each line; extra
+        `images`).
+      path: a file, a folder (`dataset`) or a glob; empty for `stdlib`, `docstrings` and `digits`.
       eval_path: held-out documents; empty holds out about 5% of `path`'s, chosen by their names.
       tokenizer: `bytes`, `bpe` (trained on the training documents, of `config.model.vocab_size`
         tokens), or the path of a `tokenizer.json`.
       end_token: the end-of-document token of that `tokenizer.json`; empty looks for a usual name.
-      sequence_length: T, positions in a row.
+      sequence_length: T, positions in a row; of the targets, where a row has a source.
+      source_length: S, positions in a source row (objectives `span_corruption`, `seq2seq`).
       batch_size: B, rows of a step over all devices.
       packing: `packed` (several documents a row), `buckets` (one piece of a document a row, rows of
         `buckets` lengths), `none` (one piece a row, padded to T).
       buckets: row lengths in rising order, the last one `sequence_length`.
       prefetch_mib: host memory for batches made ahead, in MiB.
-      text_field: the field that holds the text (`jsonl`, `dataset`).
+      text_field: the field that holds the text (`jsonl`, `dataset`, `images`).
+      source_field: the field of a `jsonl` that holds the source of that text (`seq2seq`).
       token_dtype: dtype of raw `.bin` files (`tokens`).
       cache: folder for tokenised corpora; empty is `<workdir>/cache`.
     """
@@ -38,11 +46,13 @@ class DataConfig:
     tokenizer: str = "bytes"
     end_token: str = ""
     sequence_length: int = 256
+    source_length: int = 256
     batch_size: int = 64
     packing: str = "packed"
     buckets: tuple[int, ...] = ()
     prefetch_mib: int = 64
     text_field: str = "text"
+    source_field: str = ""
     token_dtype: str = "uint16"
     cache: str = ""
 
@@ -54,10 +64,11 @@ class DataConfig:
                     f"config.data.{name} = {getattr(self, name)!r}: choose one of "
                     f"{', '.join(allowed)}"
                 )
-        for name in ("path", "eval_path", "tokenizer", "end_token", "text_field", "cache"):
+        texts = ("path", "eval_path", "tokenizer", "end_token", "text_field", "source_field")
+        for name in (*texts, "cache"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"config.data.{name} = {getattr(self, name)!r}: give a string")
-        for name in ("sequence_length", "batch_size", "prefetch_mib"):
+        for name in ("sequence_length", "source_length", "batch_size", "prefetch_mib"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(
@@ -67,13 +78,12 @@ class DataConfig:
             raise ValueError(
                 "config.data.tokenizer = '': choose bytes, bpe or the path of a tokenizer.json"
             )
-        if self.source == "stdlib":
+        if self.source in NO_PATH:
             for name in ("path", "eval_path"):
                 if getattr(self, name):
                     raise ValueError(
                         f"config.data.{name} = {getattr(self, name)!r}: config.data.source = "
-                        "'stdlib' reads no path; leave it empty, or choose source text, jsonl, "
-                        "tokens or dataset"
+                        f"{self.source!r} reads no path; leave it empty, or choose another source"
                     )
         elif not self.path:
             raise ValueError(
@@ -84,6 +94,11 @@ class DataConfig:
             raise ValueError(
                 "config.data.tokenizer = 'bpe': no BPE can be trained on config.data.source = "
                 "'tokens'; give bytes or the path of the tokenizer.json that made them"
+            )
+        if self.source_field and self.source != "jsonl":
+            raise ValueError(
+                f"config.data.source_field = {self.source_field!r}: read only with "
+                f"config.data.source = 'jsonl', which is {self.source!r}; leave it empty"
             )
         self._check_buckets()
 

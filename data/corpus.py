@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from data.config import DataConfig
+from data.config import NO_PATH, DataConfig
+from data.documents import Document, Documents, held_out, texts_of
 from data.files import built_once
-from data.shuffle import hash64
-from data.sources import HELD_SHARE, Documents, find_files, held_out, score, stdlib_files
+from data.images import image_files
+from data.parts import TEXT, Parts
+from data.sources import find_files
+from data.stdlib import stdlib_files
 from data.tokens import Tokenizer
 
-FORMAT = 1  # raise when what is on disk changes its meaning
-CHUNK = 1 << 24  # tokens looked at together
+FORMAT = 2  # raise when what is on disk changes its meaning
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,19 @@ class Corpus:
       shards: files of uint16 or uint32 tokens, mapped, that follow each other.
       starts: first token of each document, int64 [documents].
       lengths: its tokens, the end included, int64 [documents].
-      fingerprint: a hash of all tokens and of what is held out.
+      fingerprint: a hash of all tokens and of what is held out, and of sources, labels and images.
+      columns: more numbers of each document, int64 [documents]: `source_starts` and
+        `source_lengths` of what it is made from, its end included; `label_<task>`; `image`, its
+        number in `images`.
+      images: uint8 [images, height, width, channels], mapped; None where there are none.
     """
 
     shards: tuple[np.ndarray, ...]
     starts: np.ndarray
     lengths: np.ndarray
     fingerprint: str
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    images: np.ndarray | None = None
 
     def take(self, index: np.ndarray) -> np.ndarray:
         """The tokens at positions `index`, int64 [n] -> int32 [n]."""
@@ -51,173 +60,131 @@ class Corpus:
 
     def choose(self, documents: np.ndarray) -> Corpus:
         """The same corpus with some of its documents only; `documents` is a bool [documents]."""
-        return Corpus(
-            self.shards, self.starts[documents], self.lengths[documents], self.fingerprint
+        return replace(
+            self,
+            starts=self.starts[documents],
+            lengths=self.lengths[documents],
+            columns={name: column[documents] for name, column in self.columns.items()},
         )
+
+    def rows(self, starts: np.ndarray, counts: np.ndarray, width: int) -> np.ndarray:
+        """`counts` [rows] tokens from `starts` [rows] on, padded with 0: int32 [rows, width]."""
+        index = np.arange(width)
+        there = index < counts[:, None]
+        rows = np.zeros(there.shape, np.int32)
+        rows[there] = self.take((starts[:, None] + index)[there])
+        return rows
 
 
 def open_corpus(
     config: DataConfig,
     tokenizer: Tokenizer,
-    documents: Documents | None,
+    documents: Documents,
     cache: Path,
-    vocab_size: int,
+    parts: Parts = TEXT,
 ) -> tuple[Corpus, Corpus]:
     """The training documents and the held-out ones, tokenised now or earlier.
 
     Args:
       config: names the source.
-      tokenizer: makes the tokens, or made them (source `tokens`).
-      documents: goes through the texts; None for source `tokens`.
+      tokenizer: makes the tokens.
+      documents: goes through the texts.
       cache: folder to keep the tokens in, under a hash of the files' names, sizes and times, the
         tokeniser and the config. One process of several writes, the others wait.
-      vocab_size: `config.model.vocab_size`.
+      parts: what `documents` gives of each.
 
     Raises:
-      ValueError: no documents, or tokens that do not fit the vocabulary.
+      ValueError: no documents.
     """
-    if config.source == "tokens":
-        return _open_tokens(config, tokenizer, cache, vocab_size)
-    assert documents is not None
     folder = built_once(
-        cache / _cache_key(config, tokenizer), lambda new: _write(documents, tokenizer, new, config)
+        cache / _cache_key(config, tokenizer, parts),
+        lambda new: _write(documents, tokenizer, new, config, parts),
     )
     meta = json.loads((folder / "meta.json").read_text())
     tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
-    lengths, held = np.load(folder / "lengths.npy"), np.load(folder / "held.npy")
-    corpus = Corpus((tokens,), np.cumsum(lengths) - lengths, lengths, meta["fingerprint"])
+    lengths, sources, held, labels = (
+        np.load(folder / f"{name}.npy") for name in ("lengths", "source_lengths", "held", "labels")
+    )
+    starts = np.cumsum(lengths + sources) - lengths  # a source stands before its text
+    columns = {f"label_{task}": labels[:, i] for i, task in enumerate(parts.tasks)}
+    if parts.source:
+        columns |= {"source_starts": starts - sources, "source_lengths": sources}
+    images = None
+    if parts.image is not None:
+        size, channels = parts.image.image_size, parts.image.channels
+        pixels = np.memmap(folder / "images.bin", dtype=np.uint8, mode="r")
+        images = pixels.reshape(-1, size, size, channels)
+        columns["image"] = np.arange(len(images))
+    corpus = Corpus((tokens,), starts, lengths, meta["fingerprint"], columns, images)
     return corpus.choose(~held), corpus.choose(held)
 
 
-def _cache_key(config: DataConfig, tokenizer: Tokenizer) -> str:
+def _cache_key(config: DataConfig, tokenizer: Tokenizer, parts: Parts) -> str:
     listing: list = [FORMAT, config.source, config.text_field, tokenizer.fingerprint]
-    if config.source == "stdlib":
+    if parts != TEXT:
+        listing += [config.source_field, repr(parts)]
+    if config.source in ("stdlib", "docstrings"):
         listing.append(stdlib_files()[2])
-    for key in ("path", "eval_path") if config.source != "stdlib" else ():
+    for key in ("path", "eval_path") if config.source not in NO_PATH else ():
         files = find_files(config, key) if getattr(config, key) else []
-        stats = [(str(file.resolve()), file.stat()) for file in files]
+        shown = f"config.data.{key} = '{getattr(config, key)}'"
+        if config.source == "images":
+            files += [image for file in files for image in image_files(shown, file)]
+        stats = [(str(file.resolve()), file.stat()) for file in files if file.exists()]
         listing.append([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:24]
 
 
-def _write(documents: Documents, tokenizer: Tokenizer, folder: Path, config: DataConfig) -> None:
+def _write(
+    documents: Documents, tokenizer: Tokenizer, folder: Path, config: DataConfig, parts: Parts
+) -> None:
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-    scores, lengths = [], []
+    scores, lengths, source_lengths, labels = [], [], [], []
     digest = hashlib.blake2b(tokenizer.fingerprint.encode(), digest_size=16)
-    with open(folder / "tokens.bin", "wb") as file:
+    with open(folder / "tokens.bin", "wb") as tokens, open(folder / "images.bin", "wb") as images:
+
+        def write(file: BinaryIO, content: bytes) -> None:
+            digest.update(content)
+            file.write(content)
+
         for batch in _batches(documents, characters=1 << 22):
-            scores += [score for score, _ in batch]
-            for ids in tokenizer.encode_batch([text for _, text in batch]):
-                content = np.append(ids, tokenizer.end_id).astype(dtype).tobytes()
-                lengths.append(len(ids) + 1)
-                digest.update(content)
-                file.write(content)
+            encoded = iter(
+                tokenizer.encode_batch([text for one in batch for text in texts_of(one)])
+            )
+            for document in batch:
+                ids = [np.append(next(encoded), tokenizer.end_id) for _ in texts_of(document)]
+                write(tokens, np.concatenate(ids).astype(dtype).tobytes())
+                if document.image is not None:
+                    write(images, document.image.tobytes())
+                scores.append(document.score)
+                lengths.append(len(ids[-1]))
+                source_lengths.append(sum(map(len, ids[:-1])))
+                labels.append(document.labels)
     if not lengths:
         raise ValueError(
             f"config.data.path = '{config.path}': no document in it; give files that hold text"
         )
     held = held_out(np.asarray(scores, np.uint64))
     digest.update(held.tobytes())
-    np.save(folder / "lengths.npy", np.asarray(lengths, np.int64))
+    arrays = {"lengths": lengths, "source_lengths": source_lengths, "labels": labels}
+    for name, numbers in arrays.items():
+        np.save(folder / f"{name}.npy", np.asarray(numbers, np.int64))
+    if parts.tasks:
+        digest.update(np.asarray(labels, np.int64).tobytes())
     np.save(folder / "held.npy", held)
     meta = {"dtype": dtype.name, "fingerprint": digest.hexdigest()}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _batches(documents: Documents, characters: int) -> Iterator[list[tuple[int, str]]]:
-    batch, size = [], 0
+def _batches(documents: Documents, characters: int) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
     for document in documents():
         batch.append(document)
-        size += len(document[1])
+        size += sum(map(len, texts_of(document)))
+        size += 0 if document.image is None else document.image.size
         if size >= characters:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _open_tokens(
-    config: DataConfig, tokenizer: Tokenizer, cache: Path, vocab_size: int
-) -> tuple[Corpus, Corpus]:
-    keys = ["path", "eval_path"] if config.eval_path else ["path"]
-    files = [(key, file) for key in keys for file in find_files(config, key)]
-    shards = [_map_tokens(config, key, file) for key, file in files]
-    folders = []
-    for (key, file), shard in zip(files, shards, strict=True):
-        stat = file.stat()
-        name = [FORMAT, str(file.resolve()), stat.st_size, stat.st_mtime_ns]
-        name += [config.token_dtype, tokenizer.end_id]
-        code = hashlib.sha256(json.dumps(name).encode()).hexdigest()[:24]
-        folders.append(built_once(cache / code, _scanner(shard, tokenizer.end_id)))
-        largest = json.loads((folders[-1] / "meta.json").read_text())["largest"]
-        if largest >= vocab_size:
-            raise ValueError(
-                f"config.data.{key} = '{getattr(config, key)}': '{file}' holds token {largest}, "
-                f"but config.model.vocab_size = {vocab_size}; raise it, or check "
-                f"config.data.token_dtype = '{config.token_dtype}' and config.data.tokenizer"
-            )
-    lengths = [np.load(folder / "lengths.npy") for folder in folders]
-    if config.eval_path:
-        sides = [
-            np.full(len(n), key == "eval_path") for (key, _), n in zip(files, lengths, strict=True)
-        ]
-        held = np.concatenate(sides)
-    else:
-        if sum(map(len, lengths)) == 1:  # a lone document is cut in two
-            cut = int(lengths[0][0] * (1 - HELD_SHARE))
-            lengths = [np.array([cut, lengths[0][0] - cut])]
-            held = np.array([False, True])
-        else:
-            scores = [
-                hash64(np.uint64(score(file.name)) ^ np.arange(len(n), dtype=np.uint64))
-                for (_, file), n in zip(files, lengths, strict=True)
-            ]
-            held = held_out(np.concatenate(scores))
-    digest = hashlib.blake2b(tokenizer.fingerprint.encode(), digest_size=16)
-    for folder in folders:
-        digest.update(json.loads((folder / "meta.json").read_text())["digest"].encode())
-    digest.update(held.tobytes())
-    every = np.concatenate(lengths)
-    corpus = Corpus(tuple(shards), np.cumsum(every) - every, every, digest.hexdigest())
-    return corpus.choose(~held), corpus.choose(held)
-
-
-def _map_tokens(config: DataConfig, key: str, file: Path) -> np.ndarray:
-    shown = f"config.data.{key} = '{getattr(config, key)}': '{file}'"
-    if file.suffix == ".npy":
-        try:
-            tokens = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{shown} is not a whole .npy file ({error})") from None
-        if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
-            raise ValueError(
-                f"{shown} holds {tokens.dtype} {list(tokens.shape)}; give uint16 or uint32 of one "
-                "dim"
-            )
-        return tokens
-    size, item = file.stat().st_size, np.dtype(config.token_dtype).itemsize
-    if size % item:
-        raise ValueError(
-            f"{shown} has {size} bytes, no multiple of the {item} of config.data.token_dtype = "
-            f"'{config.token_dtype}'; give a whole file, or its true dtype"
-        )
-    return np.memmap(file, dtype=config.token_dtype, mode="r")
-
-
-def _scanner(shard: np.ndarray, end_id: int) -> Callable[[Path], None]:
-    """Finds the documents of a shard: each ends with `end_id`, the last one perhaps without."""
-
-    def scan(folder: Path) -> None:
-        ends, largest, digest = [], 0, hashlib.blake2b(digest_size=16)
-        for at in range(0, len(shard), CHUNK):
-            chunk = np.ascontiguousarray(shard[at : at + CHUNK])
-            ends.append(np.flatnonzero(chunk == end_id) + at + 1)
-            largest = max(largest, int(chunk.max()))
-            digest.update(chunk.tobytes())
-        bounds = np.concatenate([[0], *ends, [len(shard)]]).astype(np.int64)
-        lengths = np.diff(bounds)
-        np.save(folder / "lengths.npy", lengths if lengths[-1] else lengths[:-1])
-        meta = {"largest": largest, "digest": digest.hexdigest()}
-        (folder / "meta.json").write_text(json.dumps(meta))
-
-    return scan

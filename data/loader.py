@@ -17,13 +17,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data.corpus import Corpus
-from data.pack import Batch, Plan
+from data.draws import row_keys
+from data.pack import Batch, RowPlan
+from data.recipes import Recipe, as_it_is
 from data.shuffle import shuffled
 
 THREADS = 2  # a batch takes well under a millisecond; the second one covers a slow read
 DEEPEST = 64  # batches made ahead at most, however small they are
 
 SLOTS, ROWS = 0, 1  # what a shuffle is for: part of its key
+TRAINED, HELD_OUT = 0, 1  # what the draws of a row are for: part of its key
 
 
 class TrainBatches(grain.MapDataset):
@@ -39,14 +42,21 @@ class TrainBatches(grain.MapDataset):
       seed: decides every order.
       batch_size: B, rows of a batch over all processes.
       rows: those of the B that are wanted here.
+      recipe: what is drawn for every row.
     """
 
     def __init__(
-        self, corpus: Corpus, plans: Sequence[Plan], seed: int, batch_size: int, rows: np.ndarray
+        self,
+        corpus: Corpus,
+        plans: Sequence[RowPlan],
+        seed: int,
+        batch_size: int,
+        rows: np.ndarray,
+        recipe: Recipe = as_it_is,
     ) -> None:
         super().__init__()
         self.corpus, self.plans, self.seed, self.batch_size = corpus, list(plans), seed, batch_size
-        self.wanted = rows
+        self.wanted, self.recipe = rows, recipe
         self.batches_in = np.array([-(-plan.rows // batch_size) for plan in plans])
 
     def __len__(self) -> int:
@@ -54,7 +64,8 @@ class TrainBatches(grain.MapDataset):
 
     def __getitem__(self, k: int) -> Batch:
         number, rows = self.choose(int(k))
-        return self.plans[number].fill(self.corpus, rows)
+        keys = row_keys(self.wanted, TRAINED, self.seed, int(k))
+        return self.recipe(self.plans[number].fill(self.corpus, rows), keys)
 
     def choose(self, k: int) -> tuple[int, np.ndarray]:
         """The plan of batch k and its rows that are wanted here."""
@@ -80,24 +91,31 @@ class HeldOutBatches(grain.MapDataset):
       batches: how many at most.
       batch_size: B, rows of a batch over all processes.
       rows: those of the B that are wanted here.
+      recipe: what is drawn for every row, the same every time.
     """
 
     def __init__(
-        self, corpus: Corpus, plan: Plan, batches: int, batch_size: int, rows: np.ndarray
+        self,
+        corpus: Corpus,
+        plan: RowPlan,
+        batches: int,
+        batch_size: int,
+        rows: np.ndarray,
+        recipe: Recipe = as_it_is,
     ) -> None:
         super().__init__()
         self.corpus, self.plan, self.batch_size = corpus, plan, batch_size
-        self.wanted = rows
+        self.wanted, self.recipe = rows, recipe
         self.batches = min(batches, -(-plan.rows // batch_size))
 
     def __len__(self) -> int:
         return self.batches
 
     def __getitem__(self, k: int) -> Batch:
-        row = int(k) * self.batch_size + self.wanted
-        there = row < self.plan.rows
-        row = np.where(there, shuffled(np.where(there, row, 0), self.plan.rows, ROWS), -1)
-        return self.plan.fill(self.corpus, row)
+        number = int(k) * self.batch_size + self.wanted
+        there = number < self.plan.rows
+        row = np.where(there, shuffled(np.where(there, number, 0), self.plan.rows, ROWS), -1)
+        return self.recipe(self.plan.fill(self.corpus, row), row_keys(number, HELD_OUT))
 
 
 class Loader:
@@ -183,20 +201,21 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> np.
 def to_device(
     batch: Batch, mesh: Mesh, spec: PartitionSpec, rows: np.ndarray, batch_size: int
 ) -> dict[str, jax.Array]:
-    """Global arrays [B, T] of which this process gives the rows that its devices hold.
+    """Global arrays [B, ...] of which this process gives the rows that its devices hold.
 
     Returns at once: the copies run behind.
 
     Args:
-      batch: this process's rows, int32 [rows, T] each.
+      batch: this process's rows, [rows, ...] each.
       mesh: devices.
       spec: partition of [B, T].
       rows: number in the global batch of each row, sorted.
       batch_size: B.
     """
-    sharding = NamedSharding(mesh, spec)
 
     def place(local: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, PartitionSpec(*tuple(spec)[: local.ndim]))
+
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             begin, end, _ = index[0].indices(batch_size)

@@ -7,13 +7,34 @@ T targets (so neighbours share one token and no target is lost); a row is one or
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from data.corpus import Corpus
 
 Batch = dict[str, np.ndarray]
+
+
+class RowPlan(Protocol):
+    """The rows of a corpus, of one shape: what they are, before anything is drawn for them."""
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+
+    @property
+    def length(self) -> int:
+        """Positions in a row of text."""
+
+    @property
+    def tokens(self) -> int:
+        """Those that are no padding, in all."""
+
+    def fill(self, corpus: Corpus, rows: np.ndarray) -> Batch:
+        """The rows of those numbers; -1 stands for a row of padding."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +68,8 @@ class Plan:
 
         Returns:
           int32 [len(rows), T] each: `tokens`, `targets`, `segments` (1.. in each row, 0 where there
-          is padding) and `positions` (from 0 in each piece).
+          is padding) and `positions` (from 0 in each piece); and the labels that documents have,
+          int32 [len(rows)], of rows of one piece.
         """
         names = ("tokens", "targets", "segments", "positions")
         batch = {name: np.zeros(len(rows) * self.length, np.int32) for name in names}
@@ -66,7 +88,20 @@ class Plan:
         batch["targets"][at] = corpus.take(source + 1)
         batch["segments"][at] = np.repeat(segment + 1, count)
         batch["positions"][at] = position
-        return {name: flat.reshape(len(rows), self.length) for name, flat in batch.items()}
+        first = self.start[np.where(rows < 0, 0, self.first[rows])]
+        document = np.searchsorted(corpus.starts, first, side="right") - 1
+        document = np.where(rows < 0, -1, document)
+        shaped = {name: flat.reshape(len(rows), self.length) for name, flat in batch.items()}
+        return shaped | labels(corpus, document)
+
+
+def labels(corpus: Corpus, documents: np.ndarray) -> Batch:
+    """`label_<task>` of documents, int32 [rows]; -1 for number -1, which stands for no document."""
+    return {
+        name: np.where(documents < 0, -1, column[documents]).astype(np.int32)
+        for name, column in corpus.columns.items()
+        if name.startswith("label_")
+    }
 
 
 def aranges(counts: np.ndarray) -> np.ndarray:
@@ -102,7 +137,7 @@ def make_plans(
     ]
 
 
-def waste(plans: list[Plan]) -> float:
+def waste(plans: Sequence[RowPlan]) -> float:
     """The fraction of all positions that is padding."""
     positions = sum(plan.rows * plan.length for plan in plans)
     return 1 - sum(plan.tokens for plan in plans) / max(positions, 1)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,10 @@ from data.files import atomic_file, locked
 
 END = "<|end|>"
 USUAL_ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+MASK = "<|mask|>"
+USUAL_MASKS = (MASK, "[MASK]", "<mask>")
+USUAL_STARTS = ("<pad>", "[PAD]", "<|pad|>")
+SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))  # as many as T5 has
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +31,20 @@ class Tokenizer(Protocol):
     Attributes:
       vocab_size: largest id + 1.
       end_id: the id that ends every document.
-      fingerprint: a hash of everything that decides the ids.
+      start_id: the decoder's first input, where it has one: the padding token, as for T5, or where
+        there is none the end.
+      mask_id: the id of a hidden token; None where there is none.
+      sentinels: ids that stand for spans, the first, the second, ...; () where there are none.
+      special: ids that stand for no text, bool [vocab_size].
+      fingerprint: a hash of everything that decides the ids of a text.
     """
 
     vocab_size: int
     end_id: int
+    start_id: int
+    mask_id: int | None
+    sentinels: tuple[int, ...]
+    special: np.ndarray
     fingerprint: str
 
     def encode(self, text: str) -> np.ndarray:
@@ -48,11 +61,21 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0 to 255; 256 ends a document."""
+    """UTF-8 bytes as ids 0 to 255; 256 ends a document; what an objective needs follows.
 
-    vocab_size = 257
-    end_id = 256
-    fingerprint = "bytes"
+    Args:
+      marks: names of more tokens, `MASK` or `SENTINELS`.
+    """
+
+    end_id = start_id = 256
+    fingerprint = "bytes"  # more tokens change no text's ids
+
+    def __init__(self, marks: Sequence[str] = ()) -> None:
+        ids = {name: self.end_id + 1 + number for number, name in enumerate(marks)}
+        self.vocab_size = self.end_id + 1 + len(ids)
+        self.mask_id = ids.get(MASK)
+        self.sentinels = tuple(ids[name] for name in SENTINELS if name in ids)
+        self.special = np.arange(self.vocab_size) >= self.end_id
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -64,7 +87,7 @@ class ByteTokenizer:
         return bytes(int(i) for i in ids if 0 <= i < 256).decode(errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        return np.append(np.ones(256, np.int32), np.int32(0))
+        return (~self.special).astype(np.int32)
 
 
 class JsonTokenizer:
@@ -106,6 +129,11 @@ class JsonTokenizer:
                 f"{' or '.join(names)}; name the token of it that ends a document"
             )
         self.end_id = self.vocab[found[0]]
+        self.mask_id = next((self.vocab[name] for name in USUAL_MASKS if name in self.vocab), None)
+        starts = [self.vocab[name] for name in USUAL_STARTS if name in self.vocab]
+        self.start_id = starts[0] if starts else self.end_id
+        self.sentinels = tuple(self.vocab[name] for name in SENTINELS if name in self.vocab)
+        self.special = self._special()
         self.fingerprint = hashlib.sha256(content + found[0].encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -114,6 +142,17 @@ class JsonTokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in encoded]
+
+    def _special(self) -> np.ndarray:
+        """Ids that stand for no text: those the file calls special, ours, and gaps between ids."""
+        special = np.ones(self.vocab_size, bool)
+        special[list(self.vocab.values())] = False
+        added = self.backend.get_added_tokens_decoder()
+        special[[i for i, token in added.items() if token.special]] = True
+        special[[self.end_id, *self.sentinels]] = True
+        if self.mask_id is not None:
+            special[self.mask_id] = True
+        return special
 
     def decode(self, ids: Iterable[int]) -> str:
         kept = [int(i) for i in ids if i != self.end_id]
@@ -136,14 +175,15 @@ class JsonTokenizer:
                 sizes[i] = 1
             else:
                 sizes[i] = len(token.removeprefix("##").replace("\u2581", " ").encode())
-        sizes[self.end_id] = 0
+        sizes[[self.end_id, *self.sentinels]] = 0
         return sizes
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path, marks: Sequence[str] = ()) -> None:
     """Trains a byte-level BPE of `vocab_size` tokens and writes it to `path` (a tokenizer.json).
 
-    Every byte is a token, so every text can be encoded and comes back unchanged.
+    Every byte is a token, so every text can be encoded and comes back unchanged. The end of a
+    document and `marks` are among the tokens.
     Source: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; on bytes, Radford et al. 2019.
     """
     from tokenizers import Tokenizer as Backend
@@ -154,7 +194,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END],
+        special_tokens=[END, *marks],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -168,6 +208,7 @@ def open_tokenizer(
     vocab_size: int,
     workdir: Path,
     training_texts: Callable[[], Iterable[str]],
+    marks: Sequence[str] = (),
 ) -> Tokenizer:
     """The tokeniser of `config.data.tokenizer`.
 
@@ -176,30 +217,36 @@ def open_tokenizer(
       vocab_size: `config.model.vocab_size`.
       workdir: holds the `tokenizer.json` of a BPE, which is trained once and then reused.
       training_texts: the training documents; read only to train a BPE.
+      marks: tokens that the objective needs, `(MASK,)` or `SENTINELS`; bytes and a BPE get them.
 
     Raises:
-      ValueError: no such file, or ids that the model's vocabulary does not hold.
+      ValueError: no such file, a mark that is not in it, or ids that the model's vocabulary does
+        not hold.
     """
     tokenizer: Tokenizer
     if config.tokenizer == "bytes":
-        tokenizer = ByteTokenizer()
+        tokenizer = ByteTokenizer(marks)
     elif config.tokenizer == "bpe":
-        if vocab_size < 257:
+        least = 257 + len(marks)
+        if vocab_size < least:
+            more = f", and {len(marks)} for the objective" if marks else ""
             raise ValueError(
                 f"config.model.vocab_size = {vocab_size}: config.data.tokenizer = 'bpe' has a "
-                "token for each byte and one for the end of a document; give at least 257"
+                f"token for each byte and one for the end of a document{more}; give at least "
+                f"{least}"
             )
         path = workdir / "tokenizer.json"
         with locked(path):
             if not path.exists():
                 log.info("training a BPE of %d tokens into %s", vocab_size, path)
-                train_bpe(training_texts(), vocab_size, path)
+                train_bpe(training_texts(), vocab_size, path, marks)
             else:
                 log.info("reusing the BPE in %s", path)
         tokenizer = JsonTokenizer(path)
     else:
         path = Path(os.path.expanduser(config.tokenizer))
         tokenizer = JsonTokenizer(path, end_token=config.end_token)
+    _check_marks(config, tokenizer, marks)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"config.data.tokenizer = '{config.tokenizer}' has {tokenizer.vocab_size} tokens, "
@@ -207,3 +254,17 @@ def open_tokenizer(
             f"at least {tokenizer.vocab_size}, or choose another tokenizer"
         )
     return tokenizer
+
+
+def _check_marks(config: DataConfig, tokenizer: Tokenizer, marks: Sequence[str]) -> None:
+    shown = f"config.data.tokenizer = '{config.tokenizer}'"
+    if MASK in marks and tokenizer.mask_id is None:
+        raise ValueError(
+            f"{shown} has no mask token ({', '.join(USUAL_MASKS)}), which config.objective.name = "
+            f"'masked_lm' needs; choose bytes, bpe or a tokenizer.json that has one"
+        )
+    if SENTINELS[0] in marks and not tokenizer.sentinels:
+        raise ValueError(
+            f"{shown} has no token {SENTINELS[0]}, which config.objective.name = "
+            f"'span_corruption' needs; choose bytes, bpe or a tokenizer.json that has it"
+        )

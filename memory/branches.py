@@ -15,6 +15,7 @@ from memory.tables import Table
 
 STAGE, WHEN, LAYERS = "parallel/stage.py", "parallel/when.py", "parallel/chunk.py"
 MODEL = "parallel/cut.py"
+GROUPED = "parallel/grouped.py"  # blocks of experts' rows, which no table knows of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Branches:
 
     def shares(self, module: Module, conditional: Instruction) -> list[float] | None:
         """For each branch, how often it runs when the conditional does; None outside of stages."""
-        if not any(f.file.endswith(STAGE) for f in module.stack(conditional)):
+        frames = module.stack(conditional)
+        if not any(f.file.endswith(STAGE) for f in frames) or frames[0].file.endswith(GROUPED):
             return None
         taken = [self._taken(module, conditional, b) for b in in_order(module, conditional)]
         # A branch with nothing to be counted takes what is left.

@@ -13,15 +13,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from memory.job import Job
 from parallel.mesh import make_mesh
 from parallel.targets import Target
+from training.batch_arrays import abstract_batch
 from training.state import abstract_state
 
-BATCH = ("tokens", "targets", "segments", "positions")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -63,9 +62,7 @@ def lower_step(job: Job, devices: list[Any]) -> jax.stages.Lowered:
     mesh = make_mesh(job.mesh, devices)
     with jax.set_mesh(mesh):
         model, optimizer, step = job.build()
-        rows = NamedSharding(mesh, job.rules.spec("batch seq"))
-        shape = (job.batch_size, job.sequence_length)
-        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in BATCH}
+        batch = abstract_batch(job.batch_arrays, job.batch_size, job.rules, mesh)
         # Abstract: the GPUs of a topology know no kinds of memory, and shardings would forget them.
         state = abstract_state(model, optimizer, job.precision, mesh.abstract_mesh)
         return jax.jit(step, donate_argnums=0).lower(state, batch)

@@ -33,10 +33,15 @@ COMPONENTS = (
 # The first that matches any frame, in this order; what is left of a model is its residual stream.
 FILES = (
     ("optimizer", re.compile(r"training/(optim|offload|matrices|schedules)\.py|/optax/")),
-    ("loss head", re.compile(r"training/losses\.py")),
-    ("attention", re.compile(r"models/(\w*attention|masks|positions)\.py")),
+    ("loss head", re.compile(r"training/(losses|classification)\.py")),
+    ("attention", re.compile(r"models/(\w*attention|masks|\w*positions|projections)\.py")),
     ("feed-forward", re.compile(r"models/feed_forward\.py")),
-    ("activations", re.compile(r"models/(block|layers|stack|decoder)\.py")),
+    (
+        "activations",
+        re.compile(
+            r"models/(block|layers|stack|tables|\w*decoder|encoder\w*|transform|heads|vision\w*)\.py"
+        ),
+    ),
 )
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = re.compile(r"site-packages|/parallel/|^<")

@@ -23,6 +23,9 @@ class Constants:
       wide, narrow, heads: tensors [tokens, F], [tokens, D], [tokens, heads x head_dim] of one
         layer that live at the worst moment of its backward pass.
       scores: quadratic tensors of attention.
+      forward_scores: those of one layer of an encoder on its way forward.
+      hidden: for each attention of an encoder-decoder, what hides scores, made before all layers.
+      biases: biases of the scores by relative positions, and gradients of them.
       lookup: whole gradients of the embedding table.
       lookup_narrow: tensors [tokens, D] beside them.
       period: share of the other layers of a pattern's period that live beside one.
@@ -44,6 +47,9 @@ class Constants:
     narrow: float = 6.0
     heads: float = 6.0
     scores: float = 1.0
+    forward_scores: float = 2.0
+    hidden: float = 1.25
+    biases: float = 4.0
     lookup: float = 2.0
     lookup_narrow: float = 2.0
     period: float = 0.5
@@ -67,6 +73,7 @@ CONSTANTS = {
         narrow=2.13,
         heads=19.05,
         scores=1.21,
+        hidden=0.4,  # of two compiled cells of T5 small
         lookup=2.88,
         lookup_narrow=2.57,
         period=0.82,

@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from models.config import DecoderConfig
+from data.objective import ObjectiveConfig
+from models.beside import beside_length, encoder_beside
+from models.config import ModelConfig
+from models.flops import attention_flops_per_token, flops_per_token
 from models.part_costs import part_costs
 from parallel.mesh import PIPE, MeshConfig
 from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
 from parallel.remat import RematConfig
 from parallel.rules import ParallelConfig, Rules
+from training.batch_arrays import BatchArray, batch_arrays
+from training.frozen import freeze
 from training.losses import LossConfig
-from training.objectives import causal_lm
+from training.objectives import make_model
 from training.optim import Optimizer, OptimizerConfig, make_optimizer
 from training.schedules import make_schedule
 from training.state import Model
@@ -27,17 +32,19 @@ class Job:
     Attributes:
       batch_size: sequences of a step over all devices.
       sequence_length: tokens of each.
+      source_length: of what its layers attend to besides: a source's, or patches of an image.
       micro_steps: parts that a step's batch is divided into.
       steps: of the run, for the schedule.
       rules: the layout.
     """
 
-    model: DecoderConfig
+    model: ModelConfig
     mesh: MeshConfig
     parallel: ParallelConfig
     precision: PrecisionConfig
     remat: RematConfig
     optimizer: OptimizerConfig
+    objective: ObjectiveConfig
     loss: LossConfig
     batch_size: int
     sequence_length: int
@@ -45,11 +52,35 @@ class Job:
     steps: int
     rules: Rules
     pipeline: PipelineConfig | None = None
+    source_length: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:
         """Mesh axis -> its size."""
         return self.mesh.sizes()
+
+    @property
+    def batch_arrays(self) -> dict[str, BatchArray]:
+        """The arrays of a batch."""
+        return batch_arrays(self.model, self.objective, self.sequence_length, self.source_length)
+
+    @property
+    def encoder(self) -> Job | None:
+        """The encoder beside a decoder as a step of its own, if the model has one."""
+        model = encoder_beside(self.model)
+        if model is None:
+            return None
+        # Names of frozen parameters are the whole model's.
+        optimizer = replace(self.optimizer, frozen=())
+        length = beside_length(self.model, self.source_length)
+        return replace(
+            self,
+            model=model,
+            optimizer=optimizer,
+            sequence_length=length,
+            source_length=0,
+            pipeline=None,
+        )
 
     @property
     def rows(self) -> int:
@@ -58,8 +89,23 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one micro-step on one device."""
+        """Tokens of one micro-step on one device, without those of images."""
         return self.rows * self.sequence_length
+
+    @property
+    def stream_length(self) -> int:
+        """Tokens of a row of the residual stream: images stand before the text."""
+        return self.sequence_length + self.model.image_tokens
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of the model, forward and backward."""
+        return flops_per_token(self.model, self.sequence_length, self.source_length)
+
+    @property
+    def attention_flops_per_token(self) -> float:
+        """Of scores and weighted sums in its layers."""
+        return attention_flops_per_token(self.model, self.sequence_length, self.source_length)
 
     def with_pipeline(self, pipeline: PipelineConfig) -> Job:
         """The same step by another schedule, its layers divided by it.
@@ -70,7 +116,9 @@ class Job:
         stages, model = self.sizes[PIPE], self.model
         # Only the chunks' places count, which a shipped schedule's smallest table has, in any form.
         shortest = pipeline if pipeline.orders else replace(pipeline, microbatches=stages, form="")
-        layers, in_rows = _divided(shortest, stages, model, self.sequence_length, self.remat)
+        layers, in_rows = _divided(
+            shortest, stages, model, (self.sequence_length, self.source_length), self.remat
+        )
         rules = replace(self.rules, rows=in_rows)
         return replace(
             self,
@@ -81,8 +129,11 @@ class Job:
 
     def build(self) -> tuple[Model, Optimizer, Step]:
         """Model, optimizer and step as pure functions; call it inside `jax.set_mesh`."""
-        model = causal_lm(self.model, self.loss, self.rules, self.remat, self.pipeline)
-        optimizer = make_optimizer(self.optimizer, self.steps, model.axes)
+        model = make_model(
+            self.model, self.objective, self.loss, self.rules, self.remat, self.pipeline
+        )
+        model = freeze(model, self.optimizer.frozen)
+        optimizer = make_optimizer(self.optimizer, self.steps, model.trained(model.axes))
         schedule = make_schedule(self.optimizer, self.steps)
         step = make_step(
             model, optimizer, schedule, self.precision, seed=0, micro_steps=self.micro_steps
@@ -92,10 +143,14 @@ class Job:
 
 @lru_cache(maxsize=1024)
 def _divided(
-    pipeline: PipelineConfig, stages: int, model: DecoderConfig, length: int, remat: RematConfig
+    pipeline: PipelineConfig,
+    stages: int,
+    model: ModelConfig,
+    lengths: tuple[int, int],
+    remat: RematConfig,
 ) -> tuple[tuple[int, ...], bool]:
     """Layers of each chunk, and whether they lie at rest as stages use them."""
     schedule = pipeline.table(stages)
-    costs = part_costs(model, length, remat)
+    costs = part_costs(model, lengths[0], remat, lengths[1])
     division = pipeline.division(schedule, model.layers, len(model.pattern), costs)
     return division.layers, division.in_rows(schedule)

@@ -7,13 +7,11 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
-from memory.compiled import BATCH
 from memory.job import Job
 from parallel.compilation import safe_compilation
 from parallel.mesh import make_mesh
+from training.batch_arrays import random_batch
 from training.state import create_state
 
 
@@ -32,15 +30,7 @@ def measure_step(job: Job, *, steps: int = 5) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         model, optimizer, step = job.build()
         state = create_state(model, optimizer, job.precision, 0, mesh)
-        rows = NamedSharding(mesh, job.rules.spec("batch seq"))
-        shape = (job.batch_size, job.sequence_length)
-        tokens = jax.random.randint(
-            jax.random.key(1), shape, 0, job.model.vocab_size, out_sharding=rows
-        )
-        positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-        batch = dict.fromkeys(BATCH, tokens)
-        batch["segments"] = jnp.ones_like(tokens)
-        batch["positions"] = jax.device_put(positions, rows)
+        batch = random_batch(job.batch_arrays, job.batch_size, job.rules, mesh)
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile(safe_compilation())
         seconds = []
         for _ in range(steps + 2):

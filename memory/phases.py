@@ -4,6 +4,8 @@
     loss        the head's table, its gradient, the logits of a chunk
     backward    gradients of the layers as they fill, and one layer's own tensors and weights
     embedding   the gradient of the lookup, whole before it is divided
+    encoder     beside a decoder: its forward pass, beside buffers of what the layers will keep, and
+                its backward pass, after all layers that read it
     update      gradients and what the optimizer makes of them
 
 What the compiler adds has one factor a term and platform, fitted on compiled programs
@@ -26,11 +28,14 @@ def phases(terms: Terms, k: Constants) -> dict[str, Parts]:
         "summed gradients": terms.accumulated,
         "summed gradients twice": int(k.accumulated_twice * terms.accumulated),
     }
-    kept = always | {f"saved: {name}": size for name, size in terms.saved.items()}
+    always |= {"saved: embedding": 0 if terms.frozen.below else terms.embedding_saved}
+    saved = {f"saved: {name}": size for name, size in terms.saved.items()}
+    of_encoder = beside(terms, k)
+    kept = always | saved | of_encoder
     gradients = {"gradients": terms.layer_gradients + terms.outer_gradients}
     filling = gradients | {"gradients twice": int(k.gradients_twice * terms.layer_gradients)}
     early = {name: int(k.early_gradients * size) for name, size in filling.items()}
-    return {
+    found = {
         "gather": kept | {"gathered weights twice": int(k.regathered * terms.gathered_copy)},
         "loss": kept
         | early
@@ -40,7 +45,7 @@ def phases(terms: Terms, k: Constants) -> dict[str, Parts]:
         "embedding": always
         | gradients
         | {
-            "gradient of the lookup": int(k.lookup * terms.table * terms.item),
+            "gradient of the lookup": int(k.lookup * terms.looked_up * terms.item),
             "hidden states": int(k.lookup_narrow * terms.narrow),
         },
         "update": {
@@ -48,6 +53,46 @@ def phases(terms: Terms, k: Constants) -> dict[str, Parts]:
             "update": int(k.update * terms.master),
         },
     }
+    encoder = terms.encoder
+    if encoder is not None:
+        if not terms.frozen.beside:
+            twice = {"gradients twice": int(k.gradients_twice * encoder.layer_gradients)}
+            one = one_layer(encoder, k)
+            found["encoder, backward"] = always | of_encoder | gradients | twice | one
+        attention = k.heads * encoder.heads + k.forward_scores * encoder.scores
+        forward = {"one layer: attention": int(attention)}
+        found["encoder, forward"] = kept | forward | hidden(terms, k)
+        if terms.job.remat.policy != "none":  # masked again where scores are computed again
+            for name in {"backward", "encoder, backward"} & found.keys():
+                found[name] |= hidden(terms, k)
+    return found
+
+
+def hidden(terms: Terms, k: Constants) -> Parts:
+    """What hides scores in all attentions of a decoder that attends to an encoder's features, and
+    of that encoder; in a ViT none are.
+    """
+    if terms.encoder is None or terms.job.model.cross == "none":
+        return {}
+    tokens = terms.encoder.job.model.family == "encoder"
+    scores = terms.all_scores + (terms.encoder.all_scores if tokens else [])
+    return {"hidden scores": int(k.hidden * sum(scores))}
+
+
+def beside(terms: Terms, k: Constants) -> Parts:
+    """What is kept of an encoder beside the decoder: by its layers until their backward pass, which
+    is the last one; its features, with the sum of their gradients, where the decoder attends to
+    them; and biases of both stacks.
+    """
+    if terms.encoder is None:
+        return {}
+    saved: dict[str, int] = {}
+    if not terms.frozen.beside:
+        saved = terms.encoder.saved | {"embedding": terms.encoder.embedding_saved}
+    parts = {f"saved by the encoder: {name}": n for name, n in saved.items()}
+    biases = int(k.biases * (terms.bias + terms.encoder.bias))
+    parts["the encoder's features and their gradient"] = 2 * terms.memory
+    return parts | {"relative positions": biases}
 
 
 def one_layer(terms: Terms, k: Constants) -> Parts:
@@ -73,12 +118,15 @@ def loss_head(terms: Terms, k: Constants) -> Parts:
     table's gradient, which one chunk alone does not need.
     """
     job = terms.job
+    if not job.model.token_head:
+        return {}
     chunks = -(-job.tokens // job.loss.chunk)
     rows = -(-job.tokens // chunks)
     logits = rows * job.model.padded_vocab // job.rules.parts("act_vocab")
     parts = {
         "loss head: table": terms.table * terms.product_item if terms.gathers_layers else 0,
         "loss head: logits": int(k.logits * (4 + terms.product_item) * logits),
+        "loss head: saved": terms.head_saved,
     }
     if chunks > 1:
         parts["loss head: gradient of the table"] = int(k.logits * 4 * terms.table)

@@ -14,21 +14,21 @@ of n moves (n - 1) / n of the whole for a gather or a scatter, twice that for bo
 from __future__ import annotations
 
 from memory.branches import Branches
+from memory.experts_exchange import exchanged, over_tensor
 from memory.hlo_costs import Counts
 from memory.job import Job
 from memory.stage_time import bubble_share, busiest_stage, stage_time
 from memory.stage_work import Actions
 from memory.step_time import CEILINGS, StepTime, exposed
 from memory.terms import Terms
-from models.block import block_residuals
 from models.flops import (
-    attention_flops_per_token,
     dropped_parameters,
-    flops_per_token,
-    matrix_parameters,
+    empty_slots,
+    stream_share,
 )
 from parallel.mesh import PIPE
 from parallel.remat import PRESETS
+from parallel.rules import EXPERT
 from parallel.targets import Target
 
 
@@ -42,7 +42,7 @@ def step_time(job: Job, target: Target) -> StepTime:
     return _together(
         job,
         target,
-        compute=model_flops(job) * (1 + recomputed(job, terms.form)) / (peak * ceilings.matrix),
+        compute=flops(job, terms) / (peak * ceilings.matrix),
         memory=streamed_bytes(job, terms) / (chip.memory_bandwidth * ceilings.stream),
         links=communication_seconds(job, terms, target),
         host=_host_seconds(job, terms, target),
@@ -51,7 +51,7 @@ def step_time(job: Job, target: Target) -> StepTime:
 
 def actions_of(job: Job, target: Target) -> Actions:
     """What the actions of a job's pipeline do."""
-    return Actions(job, target, recomputed(job, Terms(job, target.chip).form))
+    return Actions(job, target, layers_again(job, Terms(job, target.chip).form))
 
 
 def branch_shares(job: Job, target: Target) -> Branches | None:
@@ -119,8 +119,15 @@ def model_flops(job: Job) -> float:
     all alike.
     """
     tokens = job.tokens * job.micro_steps
-    whole = flops_per_token(job.model, job.sequence_length) * tokens
+    whole = job.flops_per_token * tokens
     return whole / job.rules.parts("act_mlp") / job.sizes[PIPE]
+
+
+def flops(job: Job, terms: Terms) -> float:
+    """All FLOPs on one device in a step: repeated ones, and those on slots without tokens."""
+    share = stream_share(job.model, job.sequence_length)
+    empty = empty_slots(job.model, job.stream_length) * share
+    return model_flops(job) * (1 + recomputed(job, terms) + empty / job.flops_per_token)
 
 
 def kept_names(job: Job) -> set[str]:
@@ -131,8 +138,17 @@ def kept_names(job: Job) -> set[str]:
     )
 
 
-def recomputed(job: Job, form: str) -> float:
-    """FLOPs that the backward pass computes again, as a share of forward and backward.
+def recomputed(job: Job, terms: Terms) -> float:
+    """FLOPs that the backward pass computes again, as a share of forward and backward."""
+    again = layers_again(job, terms.form)
+    if (encoder := terms.encoder) is not None:
+        share = encoder.job.sequence_length / job.sequence_length
+        again += layers_again(encoder.job, encoder.form) * share
+    return again / job.flops_per_token
+
+
+def layers_again(job: Job, form: str) -> float:
+    """FLOPs of one token that the layers compute again.
 
     Args:
       form: of attention; cuDNN's kernel keeps nothing that a policy could name.
@@ -141,24 +157,28 @@ def recomputed(job: Job, form: str) -> float:
         return 0.0
     saved = kept_names(job)
     model = job.model
-    again = dropped_parameters(model, saved) * model.layers
-    core = attention_flops_per_token(model, job.sequence_length) / 3
+    share = stream_share(model, job.sequence_length)
+    source_share = job.source_length / job.sequence_length
+    again = dropped_parameters(model, saved, source_share) * model.layers * share
+    core = job.attention_flops_per_token / 3
     if form == "xla":  # two products: scores, and their sum over values
         core *= 1.0 - 0.5 * ("attention_probs" in saved) - 0.5 * ("attention_out" in saved)
     elif form != "cudnn" and {"attention_out", "attention_lse"} <= saved:
         core = 0.0
-    whole = 6 * matrix_parameters(model) + attention_flops_per_token(model, job.sequence_length)
-    return (2 * again + core) / whole
+    return 2 * again + core
 
 
 def streamed_bytes(job: Job, terms: Terms) -> float:
     """Bytes that what is no matrix product reads and writes on one device in a step."""
-    layer = terms.bytes_of(block_residuals(job.model, terms.form))
+    layer = terms.bytes_of(terms.residuals)
     # How often each tensor of a layer crosses, counted in compiled programs for H100: what all
     # layers keep is copied into one array and out of it, what is repeated is not.
     passes = 7 if job.remat.policy == "none" else 5.5
     layers = passes * layer * job.model.layers
-    columns = job.model.padded_vocab // job.rules.parts("act_vocab")
+    if terms.encoder is not None:
+        encoder = terms.encoder
+        layers += passes * encoder.bytes_of(encoder.residuals) * encoder.job.model.layers
+    columns = job.model.token_head * job.model.padded_vocab // job.rules.parts("act_vocab")
     logits = 6 * 4 * job.tokens * columns
     moments = sum(sum(parts) for parts in terms.moments.values())
     update = 2 * (terms.master + moments) + 2 * (terms.layer_gradients + terms.outer_gradients)
@@ -183,12 +203,31 @@ def communication_seconds(job: Job, terms: Terms, target: Target) -> dict[str, f
     none = job.remat.policy == "none"
     again = 0 if none else 2 if "attention_projection" in kept_names(job) else 3
     passes = 8 + (again if sequence else 2 * (again == 3))
-    add("tensor", terms.narrow * job.model.layers, passes * micro)
-    add("tensor", terms.narrow, (6 if sequence else 4) * micro)  # embedding and loss head
+    sublayers = 3 if job.model.cross != "none" else 2
+    add("tensor", terms.narrow * job.model.layers, passes * micro * sublayers / 2)
+    half = 3 if sequence else 2  # of a table that `tensor` divides
+    tables = (job.model.family != "vision") + job.model.token_head
+    add("tensor", terms.narrow, half * tables * micro)
+    if terms.encoder is not None:
+        encoder = terms.encoder
+        add("tensor", encoder.narrow * encoder.job.model.layers, passes * micro)
+        add("tensor", encoder.narrow, half * (encoder.job.model.family == "encoder") * micro)
+    # Of the features that layers attend to: the gradient of each layer, and where the sequence is
+    # divided what each gathers.
+    gathered = 1 + (not none) if sequence else 0
+    read = (1 if sequence else 2) + gathered
+    add("tensor", terms.whole_memory * job.model.layers, read * micro)
+    for axis in ("data", "fsdp"):  # the gradient of what positions add to scores, in each layer
+        add(axis, terms.all_biases, 2 * micro)
 
-    stacked, outside = terms.weights
-    whole = (terms.laid_out(stacked + outside, "gathered")) * terms.item
-    parted = terms.layer_gradients + terms.outer_gradients
+    if job.model.experts.number:
+        add(EXPERT, exchanged(terms) * job.model.layers, micro)
+        add("tensor", over_tensor(terms) * job.model.layers, micro)
+        add(EXPERT, terms.shared_gradients, 2 * micro)  # as over data
+    stacked, outside = (terms.laid_out(ws, "gathered") * terms.item for ws in terms.weights)
+    # Of a block that layers share, each of them gathers the weights and reduces the gradients.
+    whole = stacked * terms.uses + outside
+    parted = terms.layer_gradients * terms.uses + terms.outer_gradients
     if job.parallel.zero == 3:
         add("fsdp", whole, 3 * micro)  # gathered forward and backward, gradients scattered
         add("data", parted, 2 * micro)
@@ -197,7 +236,8 @@ def communication_seconds(job: Job, terms: Terms, target: Target) -> dict[str, f
         add("data", whole, 2 * micro)
     else:
         # One gather of the weights a step; gradients scattered, or at level 1 reduced whole.
-        add("fsdp", whole, 1 + (1 if job.parallel.zero == 2 else 2) * micro)
+        add("fsdp", stacked + outside, 1)
+        add("fsdp", whole, (1 if job.parallel.zero == 2 else 2) * micro)
         add("data", parted, 2 * micro)
     return seconds
 

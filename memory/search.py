@@ -12,6 +12,7 @@ from typing import Any
 from memory.plan import GIB, Row, budget_for
 from parallel.mesh import AXES, NOT_BUILT_YET, PIPE
 from parallel.remat import DOTS, PRESETS
+from parallel.rules import EXPERT
 from parallel.targets import Target
 
 Overrides = dict[str, Any]
@@ -31,6 +32,7 @@ def layouts(
     remats: Sequence[Overrides],
     offload: Sequence[bool] = (),
     precisions: Sequence[tuple[str, str]] = (),
+    experts: int = 0,
 ) -> Iterator[Overrides]:
     """All layouts of a step, each program once, always in the same order.
 
@@ -45,9 +47,10 @@ def layouts(
       remats: overrides of `config.remat`, see `remat_choices`.
       offload: values of `config.optimizer.offload` to try; none leaves the config's own.
       precisions: (params, compute) to try; none leaves the config's own.
+      experts: of the model, which the expert axis divides; 0 for a dense one.
     """
-    for sizes in meshes(devices):
-        parts = sizes["data"] * sizes["fsdp"]
+    for sizes in meshes(devices, experts):
+        parts = sizes["data"] * sizes["fsdp"] * sizes[EXPERT]
         if sizes["tensor"] > widest or batch_size % parts:
             continue
         rows = batch_size // parts
@@ -63,8 +66,10 @@ def layouts(
                             yield layout | more
 
 
-def meshes(devices: int) -> Iterator[dict[str, int]]:
-    """All ways to write `devices` as a product over the mesh axes that can be planned for."""
+def meshes(devices: int, experts: int = 0) -> Iterator[dict[str, int]]:
+    """All ways to write `devices` as a product over the mesh axes that can be planned for; the
+    expert axis divides `experts`, and is 1 where there are none.
+    """
     axes = [axis for axis in AXES if axis not in (*NOT_BUILT_YET, PIPE)]
 
     def divide(left: int, names: list[str]) -> Iterator[dict[str, int]]:
@@ -75,7 +80,8 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
             if left % size == 0:
                 yield from ({names[0]: size} | rest for rest in divide(left // size, names[1:]))
 
-    return divide(devices, axes)
+    found = divide(devices, axes)
+    return (s for s in found if (experts % s[EXPERT] == 0 if experts else s[EXPERT] == 1))
 
 
 def powers_of_two(number: int) -> list[int]:

@@ -4,6 +4,8 @@
     backward    a chunk: of one layer at a time tensors, computed again or not, and weights
     loss        on the last stage: logits of a chunk of tokens, gradients of the head
     embedding   on the first stage: the gradient of the lookup
+    encoder     on the first stage: of an encoder beside the decoder, whose tensors live in this
+                phase alone
     border      after the last tick: gradients of stages become those of the whole model
     update      gradients and what the optimizer makes of them
 
@@ -13,8 +15,9 @@ All stages run one program, so each has room for the phases of all.
 from __future__ import annotations
 
 from memory.constants import Constants
-from memory.phases import Parts, loss_head, one_layer
+from memory.phases import Parts, beside, loss_head, one_layer
 from memory.stages import Stages
+from models.beside import BESIDE
 
 
 def stage_phases(stages: Stages, k: Constants) -> dict[str, Parts]:
@@ -30,7 +33,7 @@ def stage_phases(stages: Stages, k: Constants) -> dict[str, Parts]:
     layer = one_layer(terms, k)
     gathered = "gathered weights"
     streams = {"sent between stages": 3 * stages.stream}
-    return {
+    found = {
         "forward": always | streams | {gathered: layer[gathered]},
         "backward": always | streams | layer,
         "loss": always
@@ -43,7 +46,8 @@ def stage_phases(stages: Stages, k: Constants) -> dict[str, Parts]:
         "embedding": always
         | streams
         | {
-            "gradient of the lookup": int(k.lookup * terms.table * terms.item),
+            "saved: embedding": terms.embedding_saved,
+            "gradient of the lookup": int(k.lookup * terms.looked_up * terms.item),
             "hidden states": int(k.lookup_narrow * terms.narrow),
         },
         "border": {
@@ -56,3 +60,12 @@ def stage_phases(stages: Stages, k: Constants) -> dict[str, Parts]:
             "update": int(k.update * terms.master),
         },
     }
+    encoder = terms.encoder
+    if encoder is not None and not terms.frozen.beside:
+        # Computed again in the first stage's backward pass.
+        layers = [weight for weight in terms.weights[1] if weight.axes.split()[0] == BESIDE]
+        own = {"gradients of the encoder": terms.laid_out(layers, "in_stage") * terms.item}
+        found["encoder, backward"] = (
+            always | streams | beside(terms, k) | one_layer(encoder, k) | own
+        )
+    return found

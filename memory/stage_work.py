@@ -11,13 +11,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from memory.experts_exchange import exchanged, over_tensor
 from memory.job import Job
 from memory.stages import Stages
-from memory.terms import Terms
-from models.block import block_residuals
-from models.flops import attention_flops_per_token, flops_per_token, matrix_parameters
+from memory.terms import Terms, not_of_experts
+from models.beside import BESIDE
+from models.flops import (
+    embed_parameters,
+    empty_slots,
+    flops_before_stack,
+    flops_by_layer,
+    head_flops,
+    stream_share,
+)
 from parallel.footprint import Weight
 from parallel.mesh import PIPE
+from parallel.rules import EXPERT
 from parallel.targets import Target
 
 # Of what all that is no product reads and writes in a layer, the parts of F, B and W.
@@ -48,7 +57,7 @@ class Actions:
 
     job: Job
     target: Target
-    again_share: float  # FLOPs of a layer that its policy computes again, of forward and backward
+    again: float  # FLOPs of one token that the policy of the layers computes again
 
     @cached_property
     def stages(self) -> Stages:
@@ -79,58 +88,107 @@ class Actions:
         job, stages = self.job, self.stages
         terms, model = stages.terms, job.model
         tokens = job.tokens / job.rules.parts("act_mlp")
-        head = model.embed_dim * model.vocab_size
-        products = 2 * (matrix_parameters(model) - head) / model.layers * tokens
-        core = attention_flops_per_token(model, job.sequence_length) / 3 / model.layers * tokens
+        stream = tokens * stream_share(model, job.sequence_length)
+        layers = sum(flops_by_layer(model, job.sequence_length, job.source_length))
+        products = (layers - job.attention_flops_per_token) / 3 / model.layers * tokens
+        products += empty_slots(model, job.stream_length) / 3 / model.layers * stream
+        core = job.attention_flops_per_token / 3 / model.layers * tokens
         passes = 7 if job.remat.policy in ("none", "full") else 5.5
-        streamed = passes * terms.bytes_of(block_residuals(model, terms.form))
+        streamed = passes * terms.bytes_of(terms.residuals)
         sums = terms.laid_out(terms.block, "in_stage")
         gathers = {"fsdp": self._moved("fsdp", self._gathered(terms.block), 1)}
         narrow = terms.narrow
+        there = self._experts_exchange() if model.experts.number else {}
         sequence = job.parallel.sequence
         none = job.remat.policy in ("none", "full")
         inner = 0 if none else 2 if self._keeps_projection else 3
         again = inner if sequence else 2 * (inner == 3)
+        sublayers = 3 if model.cross != "none" else 2
+        way = Work(links=self._tensor(narrow, 2 * sublayers)) + Work(links=gathers)
+        way += Work(links=there)
+        memory = terms.whole_memory  # gathered where it is divided; its gradient
         parts = {
-            "F": Work(products + core, streamed * STREAMED["F"], self._tensor(narrow, 4) | gathers),
-            "B": Work(
-                products + 2 * core, streamed * STREAMED["B"], self._tensor(narrow, 4) | gathers
-            ),
+            "F": Work(products + core, streamed * STREAMED["F"])
+            + way
+            + Work(links=self._tensor(memory, sequence)),
+            "B": Work(products + 2 * core, streamed * STREAMED["B"])
+            + way
+            + Work(links=self._tensor(memory, 1 if sequence else 2)),
             "W": Work(
-                products,
-                streamed * STREAMED["W"] + sums * (2 * stages.accumulate + terms.item),
-                self._reduced(terms.block),
-            ),
+                products, streamed * STREAMED["W"] + sums * (2 * stages.accumulate + terms.item)
+            )
+            + Work(links=self._reduced(terms.block))
+            + self._bias_reduced(terms),
         }
-        whole = flops_per_token(model, job.sequence_length) / model.layers * tokens
-        parts["again"] = Work(self.again_share * whole, 0.0, self._tensor(narrow, again))
+        repeated = self.again / model.layers * tokens
+        parts["again"] = Work(repeated, 0.0, self._tensor(narrow, again * sublayers / 2))
         if job.remat.policy == "full":
             parts["again"] = parts["F"]
         return parts
 
     @cached_property
     def embedding(self) -> Work:
-        """The lookup of the first stage."""
+        """The lookup of the first stage, and what a source or an image goes through before."""
         terms = self.stages.terms
         gathers = {"fsdp": self._moved("fsdp", self._gathered(terms.weights[1][:1]), 1)}
         half = 3 if self.job.parallel.sequence else 2  # of embedding and loss head together
-        return Work(0.0, 2 * terms.narrow, self._tensor(terms.narrow, half / 2) | gathers)
+        links = self._tensor(terms.narrow, half / 2) | gathers
+        own = Work(2 * self._projected + self._before / 3, 2 * terms.narrow, links)
+        return own + self._encoder("F")
+
+    @property
+    def _projected(self) -> float:
+        """Products of a factorised embedding, which `tensor` divides where it does the sequence."""
+        job = self.job
+        return embed_parameters(job.model) * job.tokens / job.rules.parts("residual_seq")
 
     @cached_property
     def lookup(self) -> Work:
-        """The gradient of the lookup."""
+        """The gradient of the lookup; what was before the stack is computed again for its own."""
         terms = self.stages.terms
         half = 3 if self.job.parallel.sequence else 2
         links = self._tensor(terms.narrow, half / 2) | self._reduced(terms.weights[1][:1])
-        return Work(0.0, 2 * terms.narrow + 2 * self.stages.outside_sums, links)
+        again = 1 if self.job.remat.policy == "none" else 4 / 3
+        streamed = 2 * terms.narrow + 2 * self.stages.outside_sums
+        own = Work(4 * self._projected + again * self._before, streamed, links)
+        return own + self._encoder("F") + self._encoder("B") + self._encoder("W")
+
+    def _encoder(self, part: str) -> Work:
+        """What the encoder beside the decoder streams and sends in a pass, products left out."""
+        terms = self.stages.terms.encoder
+        if terms is None:
+            return Work()
+        layers = [w for w in self.stages.terms.weights[1] if w.axes.split()[0] == BESIDE]
+        number = terms.job.model.layers
+        passes = 7 if self.job.remat.policy in ("none", "full") else 5.5
+        streamed = passes * number * terms.bytes_of(terms.residuals) * STREAMED[part]
+        if part == "W":
+            return Work(streamed=streamed, links=self._reduced(layers)) + (
+                self._bias_reduced(terms) * number
+            )
+        gathers = {"fsdp": self._moved("fsdp", self._gathered(layers), 1)}
+        links = self._tensor(terms.narrow, 4 * number) | gathers
+        return Work(streamed=streamed, links=links)
+
+    def _bias_reduced(self, terms: Terms) -> Work:
+        """The gradient of what positions add to the scores of one layer."""
+        links = {axis: self._moved(axis, terms.bias, 2) for axis in ("data", "fsdp")}
+        return Work(links=links)
+
+    @property
+    def _before(self) -> float:
+        """FLOPs of a micro-batch up to the stack, forward and backward."""
+        row = flops_before_stack(self.job.model, self.job.source_length)
+        return row * self.job.rows / self.job.rules.parts("act_mlp")
 
     @cached_property
     def loss(self) -> Work:
         """Logits, loss and both gradients of the head, on the last stage."""
         job, terms = self.job, self.stages.terms
         parts = job.rules.parts("act_vocab")
-        flops = 6 * job.model.embed_dim * job.model.vocab_size * job.tokens / parts
-        logits = 6 * 4 * job.tokens * job.model.padded_vocab // parts
+        flops = head_flops(job.model, job.sequence_length) * job.tokens / parts
+        columns = job.model.padded_vocab * job.model.token_head
+        logits = 6 * 4 * job.tokens * columns // parts
         table = terms.weights[1][:1]
         half = 3 if job.parallel.sequence else 2
         links = Work(links=self._reduced(table)) + Work(
@@ -144,8 +202,7 @@ class Actions:
         """Once a step: tables to all stages and back, layers to where they are run, the update."""
         job, stages = self.job, self.stages
         terms = stages.terms
-        _, outside = terms.weights
-        arrive = terms.laid_out(outside, "in_model") * terms.item
+        arrive = terms.laid_out(stages.outside, "in_model") * terms.item
         pipe = self._moved(PIPE, arrive, 1) + self._moved(PIPE, stages.outside_sums, 2)
         if stages.moved:
             own = stages.own_copy + stages.own_sums
@@ -165,6 +222,13 @@ class Actions:
         moved = table.ticks * table.transfers * self.stages.stream
         return moved / self.target.hop(self.job.sizes, PIPE)
 
+    def _experts_exchange(self) -> dict[str, float]:
+        """One way through the experts of a layer, or the way of the gradients back."""
+        terms = self.stages.terms
+        links = {EXPERT: self._moved(EXPERT, exchanged(terms), 0.5)}
+        dense = 4 * terms.narrow
+        return links | self._tensor(dense + over_tensor(terms) / 2, 1)
+
     @property
     def _keeps_projection(self) -> bool:
         names = {tensor.name for tensor in self.stages.terms.saved_names}
@@ -181,9 +245,11 @@ class Actions:
         terms, zero = self.stages.terms, self.job.parallel.zero
         whole = terms.laid_out(weights, "gathered") * terms.item
         parted = terms.laid_out(weights, "in_stage") * terms.item
+        shared = terms.laid_out(not_of_experts(weights), "in_stage") * terms.item
         return {
             "fsdp": self._moved("fsdp", whole, 1 if zero >= 2 else 2),
             "data": self._moved("data", parted, 2),
+            EXPERT: self._moved(EXPERT, shared, 2),
         }
 
     def _tensor(self, whole: float, rounds: float) -> dict[str, float]:

@@ -14,7 +14,7 @@ from memory.rings import kept, pending
 from memory.tables import Table, table_for
 from memory.terms import Terms
 from models.block import RESIDUAL
-from parallel.footprint import ITEM, Activation
+from parallel.footprint import ITEM, Activation, Weight
 from parallel.mesh import PIPE
 
 
@@ -56,12 +56,20 @@ class Stages:
         return not self.job.rules.rows
 
     def _own(self, where: str) -> int:
-        """Elements of the layers of one stage."""
+        """Elements of the layers of one stage; shared blocks are outside of them."""
+        if self.job.model.distinct:
+            return 0
         return self.layers * self.terms.laid_out(self.terms.block, where)
 
+    @cached_property
+    def outside(self) -> list[Weight]:
+        """Embedding, head and shared blocks: whole on every stage."""
+        stacked, outside = self.terms.weights
+        return stacked + outside if self.job.model.distinct else outside
+
     def _outside(self, where: str) -> int:
-        """Elements of embedding and head, whole on every stage."""
-        return self.terms.laid_out(self.terms.weights[1], where)
+        """Elements of those."""
+        return self.terms.laid_out(self.outside, where)
 
     @cached_property
     def own_copy(self) -> int:
@@ -73,7 +81,7 @@ class Stages:
 
     @cached_property
     def outside_copy(self) -> int:
-        """Embedding and head, as every stage has them."""
+        """What is outside, as every stage has it."""
         return self._outside("in_model") * self.terms.item
 
     @cached_property
@@ -92,7 +100,7 @@ class Stages:
     @property
     def at_rest_gradients(self) -> int:
         """What the update is given."""
-        stacked, outside = self.terms.weights
+        stacked, outside = self.terms.trained
         return self.terms.laid_out(stacked + outside, "of_gradient") * self.accumulate
 
     @property
@@ -103,16 +111,18 @@ class Stages:
 
     @cached_property
     def stream(self) -> int:
-        """One micro-batch of the residual stream, as it is sent."""
-        return self.bytes_of([Activation("", RESIDUAL)])
+        """One micro-batch of the residual stream, as it is sent, features of a source included."""
+        return self.bytes_of([Activation("", RESIDUAL)]) + self.terms.memory
 
     @cached_property
     def kept(self) -> int:
         """What F keeps of one layer."""
         if self.job.remat.policy == "none":
-            return self.bytes_of(kept(self.job.model, self.terms.form, self.divided))
-        names = self.terms.saved_names
-        return self.bytes_of([Activation("block input", RESIDUAL), *names])
+            form, cross_form = self.terms.form, self.terms.cross_form
+            tensors = kept(self.job.model, form, self.divided, cross_form)
+            # Of the source's features each layer keeps its own copy, gathered or not.
+            return self.bytes_of(tensors) + self.terms.memory * (not self.divided)
+        return self.stream + self.bytes_of(self.terms.saved_names)
 
     @cached_property
     def pending(self) -> int:

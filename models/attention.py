@@ -11,11 +11,13 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from models.blocked_attention import BLOCK, blocked_attention
+from models.config_checks import BIASED
 from models.masks import NO_ARRAYS, Mask, MaskArrays, visible
 from models.row_attention import row_attention
 from models.xla_attention import Core, xla_attention
 from parallel.footprint import Activation
 from parallel.mesh import platform
+from parallel.remat import CROSS_TENSORS, TENSORS
 from parallel.rules import Rules
 
 IMPLEMENTATIONS = ("auto", "xla", "rows", "blocked", "cudnn")
@@ -38,6 +40,8 @@ def attention(
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     block: int = BLOCK,
+    bias_NTS: Array | None = None,
+    sublayer: str = "attention",
 ) -> Array:
     """Attention with grouped K/V heads (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762;
     Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
@@ -66,19 +70,23 @@ def attention(
       dropout_rate: share of the probabilities that are dropped.
       dropout_key: needed where the rate is not 0; equal keys drop equally on every mesh.
       block: queries and keys in a block of the blocked forms.
+      bias_NTS: float32, added to the scores (T5's relative positions), heads sharded as those of
+        q; in form xla alone, which `auto` then is. Its gradient is summed over the batch.
+      sublayer: the first part of the names for rematerialisation, "attention" or "cross".
 
     Returns:
       o_BTNH, sharded as q.
 
     Raises:
-      ValueError: an implementation that does not exist, or cudnn where it cannot run.
+      ValueError: an implementation that does not exist, that adds no bias, or cudnn where it
+        cannot run.
     """
     assert dropout_rate == 0.0 or dropout_key is not None
     scale = 1 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
-    core = Core(mask, scale, softcap, dropout_rate)
+    core = Core(mask, scale, softcap, dropout_rate, sublayer)
     spec = rules.spec("batch seq act_heads head_dim")
     q_BTKGH, k_BSKH, v_BSKH = _group_heads(q_BTNH, k_BSKH, v_BSKH, rules)
-    form = _choose(implementation, q_BTNH, k_BSKH, core)
+    form = _choose(implementation, q_BTNH, k_BSKH, core, added=bias_NTS is not None)
     if form == "cudnn":
         return _cudnn(q_BTNH, k_BSKH, v_BSKH, arrays, core, spec)
     block = min(block, max(q_BTNH.shape[1], k_BSKH.shape[1]))
@@ -87,11 +95,11 @@ def attention(
     elif form == "rows":
         o_BTKGH = row_attention(q_BTKGH, k_BSKH, v_BSKH, arrays, dropout_key, core, block)
     else:
-        o_BTKGH = xla_attention(q_BTKGH, k_BSKH, v_BSKH, arrays, dropout_key, core)
+        o_BTKGH = xla_attention(q_BTKGH, k_BSKH, v_BSKH, arrays, dropout_key, core, bias_NTS)
     return jnp.reshape(o_BTKGH, q_BTNH.shape, out_sharding=spec)
 
 
-def _choose(implementation: str, q_BTNH: Array, k_BSKH: Array, core: Core) -> str:
+def _choose(implementation: str, q_BTNH: Array, k_BSKH: Array, core: Core, added: bool) -> str:
     """The form that runs; checks one that was asked for."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -99,6 +107,13 @@ def _choose(implementation: str, q_BTNH: Array, k_BSKH: Array, core: Core) -> st
             f"{', '.join(IMPLEMENTATIONS)}"
         )
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    if added:
+        if implementation not in BIASED:
+            raise ValueError(
+                f"config.model.attention = {implementation!r}: adds no bias to the scores; choose "
+                f"{' or '.join(BIASED)}"
+            )
+        return "xla"
     if implementation == "cudnn" and (reason := _not_for_cudnn(q_BTNH, k_BSKH, core)):
         raise ValueError(
             f"config.model.attention = 'cudnn': {reason}; choose auto, xla, rows or blocked"
@@ -234,6 +249,7 @@ def form_for(
     softcap: bool = False,
     dropped: bool = False,
     biased: bool = True,
+    added: bool = False,
 ) -> str:
     """The form that attention takes on `platform`, by what is known without an array: this cuDNN
     and this GPU may still refuse.
@@ -243,7 +259,10 @@ def form_for(
       dtype: compute dtype.
       softcap, dropped: whether scores are capped, probabilities dropped.
       biased: whether the mask reaches cuDNN as a bias (documents).
+      added: whether a bias is added to the scores.
     """
+    if added:
+        return "xla"
     if implementation != "auto":
         return implementation
     if length <= BLOCK:  # one block: nothing to skip, and the probabilities are few
@@ -255,11 +274,13 @@ def form_for(
     return "cudnn" if possible and not (softcap or dropped or too_large) else "blocked"
 
 
-def attention_residuals(form: str, *, dropped: bool) -> list[Activation]:
+def attention_residuals(
+    form: str, *, dropped: bool, sublayer: str = "attention"
+) -> list[Activation]:
     """What the core keeps beside q, k and v and its own result."""
-    out = Activation("attention_out", "batch seq act_heads head_dim")
+    out = Activation(f"{sublayer}_out", "batch seq act_heads head_dim")
     if form == "xla":
-        probs = "batch act_heads seq keys"
-        masked = [Activation("dropout", probs, "bool"), Activation("attention_probs", probs)]
-        return [Activation("attention_probs", probs), *(masked if dropped else [])]
-    return [out, Activation("attention_lse", "batch act_heads seq", "float32")]
+        probs = Activation(f"{sublayer}_probs", (TENSORS | CROSS_TENSORS)[f"{sublayer}_probs"])
+        masked = [probs._replace(name="dropout", dtype="bool"), probs]
+        return [probs, *(masked if dropped else [])]
+    return [out, Activation(f"{sublayer}_lse", "batch act_heads seq", "float32")]

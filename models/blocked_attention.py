@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from models.masks import Mask, MaskArrays, key_range, visible
@@ -86,8 +85,8 @@ def _forward(
     (o_iBKGQH, top_iBKGQ, total_iBKGQ), _ = lax.scan(step, (zeros_o, zeros + LOWEST, zeros), pairs)
     total_iBKGQ = jnp.maximum(total_iBKGQ, TINY)
     o_BTKGH = _from_blocks((o_iBKGQH / total_iBKGQ[..., None]).astype(q_BTKGH.dtype), T)
-    o_BTKGH = checkpoint_name(o_BTKGH, "attention_out")
-    lse_iBKGQ = checkpoint_name(top_iBKGQ + jnp.log(total_iBKGQ), "attention_lse")
+    o_BTKGH = core.named(o_BTKGH, "out")
+    lse_iBKGQ = core.named(top_iBKGQ + jnp.log(total_iBKGQ), "lse")
     return o_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, arrays, dropout_key, o_BTKGH, lse_iBKGQ)
 
 

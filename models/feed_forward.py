@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from models.config import DecoderConfig
+from models.config import ModelConfig
 from models.layers import (
     ACTIVATION_RESIDUALS,
     ACTIVATIONS,
@@ -29,7 +29,7 @@ from parallel.rules import Rules
 class FeedForward(nnx.Module):
     """x_BTD -> y_BTD, both in the residual stream's layout."""
 
-    def __init__(self, config: DecoderConfig, rules: Rules, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, rules: Rules, rngs: nnx.Rngs) -> None:
         D, F = config.embed_dim, config.mlp_dim
         init = normal(config.init_std)
         init_down = normal(residual_std(config.init_std, config.layers))
@@ -58,7 +58,7 @@ class FeedForward(nnx.Module):
         return tag(y_BTD, "mlp_projection")
 
 
-def feed_forward_weights(config: DecoderConfig) -> list[Weight]:
+def feed_forward_weights(config: ModelConfig) -> list[Weight]:
     """The weights of one `FeedForward`."""
     D, F = config.embed_dim, config.mlp_dim
     into, out_of = Weight((D, F), "embed -> mlp"), Weight((F, D), "mlp -> embed")
@@ -66,7 +66,7 @@ def feed_forward_weights(config: DecoderConfig) -> list[Weight]:
     return [into] * (2 if config.gated else 1) + [out_of] + biases
 
 
-def feed_forward_residuals(config: DecoderConfig) -> list[Activation]:
+def feed_forward_residuals(config: ModelConfig) -> list[Activation]:
     """What its backward pass keeps without rematerialisation: inputs of the products, and of the
     nonlinearity whatever its derivative asks for.
     """

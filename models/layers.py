@@ -128,8 +128,10 @@ def dropout(
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
 
 
+# The derivative of tanh, 1 - tanh^2, as one value: JAX before 0.11.2 keeps two factors of it.
+_TANH_RESIDUALS = 1 if jax.__version_info__ >= (0, 11, 2) else 2
 # Tensors that the derivative of each nonlinearity keeps, its result left out; relu's is a mask.
-ACTIVATION_RESIDUALS = {"gelu": 3, "gelu_tanh": 5, "silu": 3, "relu": 1}
+ACTIVATION_RESIDUALS = {"gelu": 3, "gelu_tanh": 3 + _TANH_RESIDUALS, "silu": 3, "relu": 1}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),

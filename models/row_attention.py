@@ -12,7 +12,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from models.masks import Mask, MaskArrays, key_range, visible
 from models.xla_attention import HIDDEN, LOWEST, TINY, Core
@@ -58,8 +57,8 @@ def _forward(
         outs.append(_product("bkgqc,bkch->bkgqh", e, v_BKSH[..., keys, :]) / total)
         lses.append((top + jnp.log(total))[..., 0])
     o_BTKGH = _heads_last(outs).astype(q_BTKGH.dtype)
-    o_BTKGH = checkpoint_name(o_BTKGH, "attention_out")
-    lse_BKGT = checkpoint_name(jnp.concatenate(lses, -1), "attention_lse")
+    o_BTKGH = core.named(o_BTKGH, "out")
+    lse_BKGT = core.named(jnp.concatenate(lses, -1), "lse")
     return o_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, arrays, dropout_key, o_BTKGH, lse_BKGT)
 
 

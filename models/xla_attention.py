@@ -26,6 +26,11 @@ class Core:
     scale: float
     softcap: float | None
     dropout_rate: float
+    sublayer: str = "attention"
+
+    def named(self, x: Array, what: str) -> Array:
+        """A value under its name for rematerialisation (`parallel.remat.NAMES`)."""
+        return checkpoint_name(x, f"{self.sublayer}_{what}")
 
     def scores(self, q_BKGTH: Array, k_BKSH: Array) -> Array:
         """The scaled and capped scores in float32, [B, K, G, T, S]."""
@@ -60,9 +65,10 @@ def xla_attention(
     arrays: MaskArrays,
     dropout_key: Array | None,
     core: Core,
+    bias_NTS: Array | None = None,
 ) -> Array:
     """o_BTKGH, named "attention_out". The residuals are q, k, v and "attention_probs", in the dtype
-    of q.
+    of q. The bias is added to the scores.
     """
     q_BKGTH = jnp.transpose(q_BTKGH, (0, 2, 3, 1, 4))
     k_BKSH, v_BKSH = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k_BSKH, v_BSKH))
@@ -70,48 +76,59 @@ def xla_attention(
     if not core.mask.sees_all:
         q_index, k_index = jnp.arange(q_BKGTH.shape[3]), jnp.arange(k_BKSH.shape[2])
         seen = visible(core.mask, q_index, k_index, arrays)
-    p_BKGTS = _probabilities(q_BKGTH, k_BKSH, seen, core)
+    bias_KGTS = None
+    if bias_NTS is not None:
+        K, G = q_BKGTH.shape[1:3]
+        heads, *rest = jax.typeof(bias_NTS).sharding.spec
+        spec = jax.P(heads, None, *rest)
+        bias_KGTS = jnp.reshape(bias_NTS, (K, G, *bias_NTS.shape[1:]), out_sharding=spec)
+    p_BKGTS = _probabilities(q_BKGTH, k_BKSH, bias_KGTS, seen, core)
     p_BKGTS = core.dropper(dropout_key, p_BKGTS)(p_BKGTS)
     o_BKGTH = jnp.einsum("bkgts,bksh->bkgth", p_BKGTS, v_BKSH)
-    return checkpoint_name(jnp.transpose(o_BKGTH, (0, 3, 1, 2, 4)), "attention_out")
+    return core.named(jnp.transpose(o_BKGTH, (0, 3, 1, 2, 4)), "out")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _probabilities(q_BKGTH: Array, k_BKSH: Array, seen: Array | None, core: Core) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _probabilities(
+    q_BKGTH: Array, k_BKSH: Array, bias_KGTS: Array | None, seen: Array | None, core: Core
+) -> Array:
     """softmax(scores) in the dtype of q.
 
     The gradient is written out so that its one quadratic residual is the probabilities, under their
     name and in the compute dtype, and so that its matrix products are in the compute dtype too.
     """
-    return _forward(q_BKGTH, k_BKSH, seen, core)[0]
+    return _forward(q_BKGTH, k_BKSH, bias_KGTS, seen, core)[0]
 
 
 def _forward(
-    q_BKGTH: Array, k_BKSH: Array, seen: Array | None, core: Core
-) -> tuple[Array, tuple[Array, Array, Array]]:
+    q_BKGTH: Array, k_BKSH: Array, bias_KGTS: Array | None, seen: Array | None, core: Core
+) -> tuple[Array, tuple[Array, Array, Array, Array | None]]:
     s_BKGTS = core.scores(q_BKGTH, k_BKSH)
+    if bias_KGTS is not None:
+        s_BKGTS = s_BKGTS + bias_KGTS[None]
     if seen is not None:
         s_BKGTS = jnp.where(seen[:, :, None], s_BKGTS, HIDDEN)
     top = jnp.maximum(jnp.max(s_BKGTS, -1, keepdims=True), LOWEST)
     e_BKGTS = jnp.exp(s_BKGTS - top)
     total = jnp.maximum(jnp.sum(e_BKGTS, -1, keepdims=True), TINY)
-    p_BKGTS = checkpoint_name((e_BKGTS / total).astype(q_BKGTH.dtype), "attention_probs")
-    return p_BKGTS, (q_BKGTH, k_BKSH, p_BKGTS)
+    p_BKGTS = core.named((e_BKGTS / total).astype(q_BKGTH.dtype), "probs")
+    return p_BKGTS, (q_BKGTH, k_BKSH, p_BKGTS, bias_KGTS)
 
 
 def _backward(
-    core: Core, residuals: tuple[Array, Array, Array], dp_BKGTS: Array
-) -> tuple[Array, Array, None]:
-    q_BKGTH, k_BKSH, p_BKGTS = residuals
+    core: Core, residuals: tuple[Array, Array, Array, Array | None], dp_BKGTS: Array
+) -> tuple[Array, Array, Array | None, None]:
+    q_BKGTH, k_BKSH, p_BKGTS, bias_KGTS = residuals
     p, dp = p_BKGTS.astype(jnp.float32), dp_BKGTS.astype(jnp.float32)
     ds = p * (dp - jnp.sum(p * dp, -1, keepdims=True))
+    dbias_KGTS = None if bias_KGTS is None else jnp.sum(ds, 0)
     # The scores are computed again only where their cap's derivative asks for them.
     s = ds if core.softcap is None else core.scores(q_BKGTH, k_BKSH)
     ds = core.through_scores(ds, s).astype(q_BKGTH.dtype)
     dq_BKGTH = jnp.einsum("bkgts,bksh->bkgth", ds, k_BKSH)
     # Contracting the rows of ds, the larger operand, takes twice as long on CPU.
     dk_BKHS = jnp.einsum("bkgth,bkgts->bkhs", q_BKGTH, ds)
-    return dq_BKGTH, jnp.swapaxes(dk_BKHS, -1, -2), None
+    return dq_BKGTH, jnp.swapaxes(dk_BKHS, -1, -2), dbias_KGTS, None
 
 
 _probabilities.defvjp(_forward, _backward)

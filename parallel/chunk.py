@@ -28,8 +28,10 @@ class Chunks:
 
     Attributes:
       split: a unit's computation.
-      weights: its arrays, differentiated ones first, [chunks * units * period, ...] each.
-      differentiated: how many of them.
+      weights: its arrays that are differentiated: of layers, [chunks * units * period, ...] each,
+        and those that all layers read.
+      copies: the same of those that are not, or none.
+      stacked: which of either list are of layers.
       units: rows of a chunk; the last ones may be padding.
       period: layers of a unit.
       even: no chunk is padded.
@@ -37,7 +39,8 @@ class Chunks:
 
     split: Split
     weights: Arrays
-    differentiated: int
+    copies: Arrays
+    stacked: list[bool]
     units: int
     period: int
     even: bool
@@ -150,11 +153,14 @@ class Chunks:
 
     def _at(self, row: Row, i: jax.Array) -> Arrays:
         """The weights of a unit."""
-        return self._layers(self.weights, row, i)
+        return self._layers(self.weights, row, i) + self._layers(self.copies, row, i)
 
     def _layers(self, arrays: Arrays, row: Row, i: jax.Array) -> Arrays:
         place = self._place(row, i)
-        return [lax.dynamic_slice_in_dim(a, place, self.period) for a in arrays]
+        return [
+            lax.dynamic_slice_in_dim(a, place, self.period) if own else a
+            for a, own in zip(arrays, self.stacked, strict=False)  # of empty copies none
+        ]
 
     def _added(self, row: Row, i: jax.Array, sums: Arrays, gradients: Arrays) -> Arrays:
         place = self._place(row, i)
@@ -163,8 +169,8 @@ class Chunks:
             for a, g in zip(self._layers(sums, row, i), gradients, strict=True)
         ]
         return [
-            lax.dynamic_update_slice_in_dim(a, part, place, 0)
-            for a, part in zip(sums, new, strict=True)
+            lax.dynamic_update_slice_in_dim(a, part, place, 0) if own else part
+            for a, part, own in zip(sums, new, self.stacked, strict=True)
         ]
 
 

@@ -8,6 +8,7 @@ everywhere and keeps a slice: twice the traffic, and the whole array in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def contract_partial(equation: str, a: jax.Array, b: jax.Array, spec: P) -> jax.
     if not mesh.manual_axes:
         return jnp.einsum(equation, a, b, out_sharding=P(*kept, unreduced=over))
     shares = tuple(axis for axis in mesh.axis_names if axis in over)
-    return _by_device(
+    return by_device(
         lambda a, b: jnp.einsum(equation, a, b)[None],
         (a_spec, jax.typeof(b).sharding.spec),
         P(shares, *kept),
@@ -67,18 +68,20 @@ def reduce_partial(partial: jax.Array, spec: P) -> jax.Array:
         rest = tuple(sorted(over - {axis for axis, _ in scattered}))
         return lax.psum(x, rest) if rest else x
 
-    return _by_device(local, (had,), spec)(partial)
+    return by_device(local, (had,), spec)(partial)
 
 
-def _by_device(
-    function: Callable[..., jax.Array], in_specs: tuple[P, ...], out_specs: P
-) -> Callable[..., jax.Array]:
+def by_device(
+    function: Callable[..., Any], in_specs: Any, out_specs: Any, *, check_vma: bool = True
+) -> Callable[..., Any]:
+    """`function` on every device, Manual over each mesh axis that is not Manual already."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.shard_map(
         function,
         in_specs=in_specs,
         out_specs=out_specs,
         axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=check_vma,
     )
 
 

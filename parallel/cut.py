@@ -12,6 +12,7 @@ from jax import lax
 from parallel.zero import Tree, together
 
 Sums = tuple[jax.Array, dict[str, jax.Array]]
+Lists = tuple[list[jax.Array], list[jax.Array]]  # of `Parts.divide`
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Cut:
 
     Attributes:
       embed: (params, batch, key) -> x_BTD; reads nothing stacked.
-      blocks: (params, x_BTD, batch, key, number of the first layer) -> x_BTD; reads nothing else.
-      loss: (params, x_BTD, batch, weights_BT) -> (float32 sum, float32 sums); reads nothing
-        stacked.
+      blocks: (params, x_BTD, batch, key, number of the first layer, weights) -> x_BTD; reads
+        what is stacked and what `parallel.rules.is_shared` names.
+      loss: (params, x_BTD, batch, weights) -> (float32 sum, float32 sums); reads nothing stacked.
       layers: how many there are.
       period: of the pattern of layer kinds; a chunk has whole ones.
     """
@@ -43,7 +44,7 @@ class Arrays(NamedTuple):
     Attributes:
       own, outside: what is differentiated: the stacked arrays of this stage's layers, and the rest.
       own_copy, outside_copy: the whole copies at ZeRO level 2, else empty.
-      batch, weights: arrays [micro-batches, B, T].
+      batch, weights: trees of arrays [micro-batches, B, ...]; weights say what counts in the loss.
       key: of the step, or None.
     """
 
@@ -52,16 +53,28 @@ class Arrays(NamedTuple):
     own_copy: list[jax.Array]
     outside_copy: list[jax.Array]
     batch: Tree
-    weights: jax.Array
+    weights: Tree
     key: jax.Array | None
+
+    @property
+    def microbatches(self) -> int:
+        """How many there are."""
+        return len(jax.tree.leaves(self.weights)[0])
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A tree of parameters as two lists: what is stacked, and what is not."""
+    """A tree of parameters as two lists: the layers of a stage, and what is outside of them.
+
+    Attributes:
+      tree: its structure.
+      stacked: of its leaves, which are layers.
+      shared: of those outside, which the layers read.
+    """
 
     tree: Any
     stacked: list[bool]
+    shared: list[bool]
 
     def divide(self, tree: Tree | None) -> tuple[list[Any], list[Any]]:
         """The lists of a tree like that of the parameters; of None, empty ones."""
@@ -75,6 +88,22 @@ class Parts:
         lists = iter(own), iter(outside)
         return self.tree.unflatten([next(lists[0 if own else 1]) for own in self.stacked])
 
+    def read_by_layers(self, own: list[Any], outside: list[Any]) -> list[Any]:
+        """What layers read of two lists: the first one, and the shared ones of the other."""
+        return own + [a for a, shared in zip(outside, self.shared, strict=False) if shared]
+
+    @property
+    def stacked_of_read(self) -> list[bool]:
+        """Of that list: which are of this stage's layers, and not of all."""
+        return [True] * sum(self.stacked) + [False] * sum(self.shared)
+
+    def replaced(self, read: list[Any], outside: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Both lists, with what layers read in its places; empty ones stay empty."""
+        count = len(read) - sum(self.shared) if read else 0
+        shared = iter(read[count:])
+        new = [next(shared) if s else a for a, s in zip(outside, self.shared, strict=False)]
+        return read[:count], new
+
 
 @dataclass(frozen=True)
 class StageModel:
@@ -87,25 +116,26 @@ class StageModel:
     parts: Parts
     arrays: Arrays
 
-    def microbatch(self, index: jax.Array) -> tuple[Tree, jax.Array, jax.Array | None]:
+    def microbatch(self, index: jax.Array) -> tuple[Tree, Tree, jax.Array | None]:
         """Batch, weights and key of a micro-batch."""
         key = self.arrays.key
         batch, weights = jax.tree.map(
             lambda a: lax.dynamic_index_in_dim(a, index, 0, keepdims=False),
             (self.arrays.batch, self.arrays.weights),
         )
-        if key is not None and len(self.arrays.weights) > 1:
+        if key is not None and self.arrays.microbatches > 1:
             key = jax.random.fold_in(key, index)
         return batch, weights, key
 
-    def params(self, own: list[jax.Array], outside: list[jax.Array], copy: list[jax.Array]) -> Tree:
-        """What the model takes; `copy` is that of `own`."""
-        whole = self.parts.join(copy, self.arrays.outside_copy) if copy else None
-        return together(self.parts.join(own, outside), whole)
+    def params(self, lists: Lists, copies: Lists) -> Tree:
+        """What the model takes, of both lists and of their copies, which may be empty."""
+        whole = self.parts.join(*copies) if copies[1] else None
+        return together(self.parts.join(*lists), whole)
 
     def outer(self, outside: list[jax.Array]) -> Tree:
         """The same for what reads nothing stacked."""
-        return self.params(self.arrays.own, outside, self.arrays.own_copy)
+        arrays = self.arrays
+        return self.params((arrays.own, outside), (arrays.own_copy, arrays.outside_copy))
 
     def embed(self, outside: list[jax.Array], index: jax.Array) -> jax.Array:
         """The first x_BTD."""
@@ -114,19 +144,21 @@ class StageModel:
 
     def unit(
         self,
-        own: list[jax.Array],
-        copy: list[jax.Array],
+        weights: list[jax.Array],
+        copies: list[jax.Array],
         x_BTD: jax.Array,
         number: jax.Array,
         index: jax.Array,
     ) -> jax.Array:
-        """A few layers, of which `number` is the first."""
-        batch, _, key = self.microbatch(index)
-        return self.cut.blocks(
-            self.params(own, self.arrays.outside, copy), x_BTD, batch, key, number
+        """A few layers, of which `number` is the first; `weights` as `Parts.read_by_layers`."""
+        batch, counted, key = self.microbatch(index)
+        params = self.params(
+            self.parts.replaced(weights, self.arrays.outside),
+            self.parts.replaced(copies, self.arrays.outside_copy),
         )
+        return self.cut.blocks(params, x_BTD, batch, key, number, counted)
 
     def loss(self, outside: list[jax.Array], x_BTD: jax.Array, index: jax.Array) -> Sums:
         """The loss's sums."""
-        batch, weights_BT, _ = self.microbatch(index)
-        return self.cut.loss(self.outer(outside), x_BTD, batch, weights_BT)
+        batch, weights, _ = self.microbatch(index)
+        return self.cut.loss(self.outer(outside), x_BTD, batch, weights)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import PartitionSpec as P
 
-from parallel.contract import contract, contract_partial, gathered, reduce_partial
+from parallel.contract import contract, contract_partial, gathered, reduce_partial, without
 from parallel.gather import gather
 from parallel.mesh import PIPE
 from parallel.rules import FSDP
@@ -96,15 +96,18 @@ def _backward(
     inputs, result = static.equation.split("->")
     x_dims, w_dims = inputs.split(",")
 
-    def aligned(g: jax.Array, out: P) -> jax.Array:
-        # Dims that the input has too are laid out as there: sequence parallelism gathers here.
+    def aligned(g: jax.Array, w: jax.Array) -> jax.Array:
+        # As the input and the weight: where the product was scattered, this gathers.
+        own = jax.typeof(w).sharding.spec
         spec = [
-            static.inside[x_dims.index(d)] if d in x_dims else entry
-            for d, entry in zip(result, out, strict=True)
+            static.inside[x_dims.index(d)]
+            if d in x_dims
+            else without(own[w_dims.index(d)], (FSDP, PIPE))
+            for d in result
         ]
         return jax.reshard(g, P(*spec))
 
-    cotangents = [aligned(g, out) for g, out in zip(cotangents, static.outs, strict=True)]
+    cotangents = [aligned(g, w) for g, w in zip(cotangents, weights, strict=True)]
     sums: dict[P, jax.Array] = {}  # partial gradients of the input, by what they are partial over
     for g, w in zip(cotangents, weights, strict=True):
         whole = gathered(w, FSDP, PIPE)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
 
-from parallel.rules import Rules, is_stacked
+from parallel.rules import STAGED, Rules, is_stacked
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "bool": 1}
 
@@ -27,9 +27,9 @@ class Weight(NamedTuple):
     def size(self) -> int:
         return math.prod(self.shape)
 
-    def stacked(self, layers: int) -> Weight:
-        """The same weight of L layers as one."""
-        return Weight((layers, *self.shape), f"layers {self.axes}")
+    def stacked(self, layers: int, stack: str = STAGED) -> Weight:
+        """The same weight of L layers as one; `stack` is the logical name of that dim."""
+        return Weight((layers, *self.shape), f"{stack} {self.axes}")
 
 
 class Activation(NamedTuple):

@@ -14,9 +14,12 @@ from jax.sharding import AxisType, Mesh
 
 # From the slowest links to the fastest: what the stages of a pipeline send each other is least, so
 # they stand on different hosts where there are several.
+# `expert` divides the batch, too: outside of experts it is one more `data`.
 AXES = ("pipe", "data", "fsdp", "context", "expert", "tensor")
 PIPE = "pipe"
-NOT_BUILT_YET = ("context", "expert")
+NOT_BUILT_YET = ("context",)
+# In force, it lets a program run on one device alone, which another mesh in force would not allow.
+NO_MESH = Mesh(np.empty((), object), ())
 
 
 @dataclass(frozen=True)

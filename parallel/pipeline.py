@@ -27,7 +27,7 @@ from parallel.cut import Arrays, Cut, Parts, StageModel, Sums
 from parallel.division import Costs, Division, check_layers, divide
 from parallel.exchange import to_spread
 from parallel.mesh import PIPE
-from parallel.rules import Rules, is_stacked
+from parallel.rules import Rules, is_shared, is_staged
 from parallel.schedule import Schedule
 from parallel.schedule_file import read_schedule
 from parallel.schedule_kinds import check_names, make_schedule
@@ -152,7 +152,7 @@ def run_pipeline(
     axes: Tree,
     leaves: Tree,
     copy: Tree | None,
-    microbatches: tuple[Tree, jax.Array],
+    microbatches: tuple[Tree, Tree],
     key: jax.Array | None,
     accumulate: str,
 ) -> tuple[Sums, Tree, jax.Array]:
@@ -166,7 +166,7 @@ def run_pipeline(
       axes: the tree of logical axis strings of the parameters.
       leaves, copy: of `parallel.zero.laid_out`, stacked arrays in the stages' rows
         (`stage_rows`); `leaves` are differentiated.
-      microbatches: (batch, weights), each array [micro-batches, B, T].
+      microbatches: (batch, weights), each array [micro-batches, B, ...].
       key: folded with a micro-batch's number if there are several; None stays None.
       accumulate: dtype in which gradients are summed.
 
@@ -177,13 +177,13 @@ def run_pipeline(
     Raises:
       ValueError: see `check_size`.
     """
-    check_size(schedule, rules.size((PIPE,)), microbatches[1].shape[0])
+    check_size(schedule, rules.size((PIPE,)), len(jax.tree.leaves(microbatches)[0]))
     program = make_program(schedule)
     names: list[str]
     tree: Any
     names, tree = jax.tree.flatten(axes)
-    stacked = [is_stacked(name) for name in names]
-    parts = Parts(tree, stacked)
+    stacked = [is_staged(name) for name in names]
+    parts = Parts(tree, stacked, [is_shared(name) for name in names if not is_staged(name)])
 
     def stage(
         leaves: Tree, copy: Tree | None, microbatches: Any, key: jax.Array | None, columns: Any
@@ -191,8 +191,7 @@ def run_pipeline(
         table = jax.tree.map(lambda a: jnp.squeeze(a, 1), columns)  # this stage's
         own, outside = parts.divide(leaves)
         own_copy, outside_copy = parts.divide(copy)
-        batch, weights_MBT = microbatches
-        arrays = Arrays(own, outside, own_copy, outside_copy, batch, weights_MBT, key)
+        arrays = Arrays(own, outside, own_copy, outside_copy, microbatches[0], microbatches[1], key)
         model = StageModel(cut, parts, arrays)
         carry, ran = Stage(model, program, division, accumulate).run(table)
         # Embedding and head are the first and the last stage's, tied or not; others have zeros.

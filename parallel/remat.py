@@ -30,8 +30,24 @@ TENSORS = {
     "mlp_act": "batch seq act_mlp",  # input of the down projection
     "mlp_projection": "batch residual_seq act_embed",  # output of the down projection
 }
+# With attention over the source, too.
+CROSS_TENSORS = {
+    "cross_norm": "batch residual_seq act_embed",  # input of the query's projection
+    "cross_query": "batch seq act_heads head_dim",
+    "cross_key": "batch source act_kv_heads head_dim",
+    "cross_value": "batch source act_kv_heads head_dim",
+    "cross_probs": "batch act_heads seq source",
+    "cross_lse": "batch act_heads seq",
+    "cross_out": "batch seq act_heads head_dim",
+    "cross_projection": "batch residual_seq act_embed",
+}
+# With experts, of which the feed-forward's tensors are rows.
+EXPERT_TENSORS = {"expert_input": "slot_embed"}  # tokens at their experts, as products read them
+NAMES = (*TENSORS, *CROSS_TENSORS, *EXPERT_TENSORS)
+# Saved by every policy: routing that is computed again may differ where two experts tie.
+ROUTING = ("expert_choice",)
 # Of these, what nothing but products reads.
-PRODUCT_INPUTS = ("attention_norm", "mlp_norm", "mlp_act")
+PRODUCT_INPUTS = ("attention_norm", "cross_norm", "mlp_norm", "mlp_act", "expert_input")
 DOTS = (
     "query",
     "key",
@@ -43,15 +59,21 @@ DOTS = (
     "mlp_up",
     "mlp_projection",
 )
+CROSS_DOTS = (
+    *("cross_query", "cross_key", "cross_value", "cross_lse", "cross_out"),
+    "cross_projection",
+)
 # What a recomputed attention core drops.
 CORE = ("attention_probs", "attention_lse", "attention_out")
+CROSS_CORE = ("cross_probs", "cross_lse", "cross_out")
 
 PRESETS: dict[str, tuple[str, ...] | None] = {
     "none": None,  # no rematerialisation
     "full": (),  # the block's input alone
-    "dots": DOTS,  # outputs of matrix products; norms, nonlinearities and softmax again
+    "dots": DOTS
+    + CROSS_DOTS,  # outputs of matrix products; norms, nonlinearities and softmax again
     # all but the attention core: selective recomputation, Korthikanti et al. 2022
-    "attention": tuple(name for name in TENSORS if name not in CORE),
+    "attention": tuple(n for n in NAMES if n not in CORE + CROSS_CORE),
 }
 
 
@@ -81,10 +103,10 @@ class RematConfig:
                     f"{self.policy!r}; set the policy to 'custom'"
                 )
             for name in names:
-                if name not in TENSORS:
+                if name not in NAMES:
                     raise ValueError(
                         f"config.remat.{key} names {name!r}: no such tensor; there are "
-                        f"{', '.join(TENSORS)}"
+                        f"{', '.join(NAMES)}"
                     )
         both = set(self.save) & set(self.offload)
         if both:
@@ -99,8 +121,8 @@ class RematConfig:
 
 
 def tag(x: jax.Array, name: str) -> jax.Array:
-    """Names a value for the policy; the names are those of `TENSORS`."""
-    assert name in TENSORS, name
+    """Names a value for the policy; the names are those of `NAMES`."""
+    assert name in NAMES or name in ROUTING, name
     return checkpoint_name(x, name)
 
 
@@ -119,7 +141,7 @@ def remat(
         policy = _all_but_slices
     elif config.offload:
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=list(config.save),
+            names_which_can_be_saved=[*config.save, *ROUTING],
             names_which_can_be_offloaded=list(config.offload),
             offload_src="device",
             offload_dst="pinned_host",
@@ -127,7 +149,7 @@ def remat(
     else:
         names = config.save if config.policy == "custom" else PRESETS[config.policy]
         assert names is not None
-        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        policy = jax.checkpoint_policies.save_only_these_names(*names, *ROUTING)
     # A loop keeps XLA from merging the two computations; elsewhere JAX must.
     return jax.checkpoint(block, policy=policy, prevent_cse=not looped)
 

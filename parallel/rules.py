@@ -35,21 +35,31 @@ from jax.sharding import PartitionSpec as P
 from parallel.mesh import AXES, PIPE
 
 FSDP = "fsdp"
+EXPERT = "expert"
 
 # Megatron's split (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053): columns, then rows.
 MEGATRON: dict[str, tuple[str, ...]] = {
     # parameters
     "vocab": ("tensor",),
     "embed": (FSDP,),
+    "rank": (FSDP,),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "head_dim": (),
     "norm": (),
     "position": (),
+    "token_type": (),
+    "feature": (),
+    "classes": (),
+    "bucket": (),
     "layers": (),
+    "encoder_layers": (),
+    "shared_layers": (),
+    "router": (),
+    "experts": (EXPERT,),
     # activations
-    "batch": ("data", FSDP),
+    "batch": ("data", FSDP, EXPERT),  # the last one's devices are neighbours in an exchange
     "seq": (),
     "residual_seq": (),  # ("tensor",) with config.parallel.sequence
     "act_embed": (),
@@ -57,6 +67,16 @@ MEGATRON: dict[str, tuple[str, ...]] = {
     "act_kv_heads": ("tensor",),
     "act_mlp": ("tensor",),
     "act_vocab": ("tensor",),
+    # tokens at their experts (`parallel/dispatch.py`); `make_rules` divides the first two as the
+    # batch is, the second one without the expert axis
+    "groups": (),
+    "group_batch": (),
+    "act_experts": (EXPERT,),
+    "act_router": (),
+    "choice": (),
+    "rows": (),
+    "slots": (),
+    "slot_embed": ("tensor",),
 }
 
 PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -67,7 +87,23 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     "whole_vocab": MEGATRON | dict.fromkeys(("vocab", "act_vocab"), ()),
 }
 
+# Leading dims of stacked arrays: of the stack that stages divide, of an encoder beside it, and of
+# blocks that several layers share. The last two are outside the stages' part.
+STAGED, SHARED = "layers", "shared_layers"
+STACKS = (STAGED, "encoder_layers", SHARED)
+
+# First dims of parameters outside the stack that every layer reads, so that every stage has a part
+# in their gradients.
+READ_BY_LAYERS = (SHARED, "bucket")
+
 TABLES = ("vocab", "position")  # dims of rows that are looked up, of large arrays outside the stack
+
+BATCH = {"data", FSDP, EXPERT}
+# What the exchange of tokens between experts relies on.
+FIXED = (
+    *("experts", "act_experts", "groups", "group_batch", "router", "act_router"),
+    *("choice", "rows", "slots"),
+)
 
 PAIRS = {"heads": "act_heads", "kv_heads": "act_kv_heads", "mlp": "act_mlp", "vocab": "act_vocab"}
 
@@ -100,7 +136,7 @@ class ParallelConfig:
             key = f"config.parallel.rules.{name}"
             if name not in MEGATRON:
                 raise ValueError(f"{key}: no such logical name; there are {', '.join(MEGATRON)}")
-            if name == "layers" and axes:
+            if name in STACKS and axes:
                 raise ValueError(f"{key} = {axes}: only {PIPE} divides the scanned layers")
             if isinstance(axes, str) or not set(axes) <= set(AXES):
                 raise ValueError(f"{key} = {axes!r}: a list of mesh axes of {', '.join(AXES)}")
@@ -110,10 +146,15 @@ class ParallelConfig:
                 )
             if len(set(axes)) != len(tuple(axes)):
                 raise ValueError(f"{key} = {axes!r}: a mesh axis may be named once")
-            if name == "batch" and not {"data", FSDP} <= set(axes):
+            if name == "batch" and (tuple(axes)[-1:] != (EXPERT,) or not set(axes) >= BATCH):
                 raise ValueError(
-                    f"{key} = {axes!r}: the batch is divided over data and {FSDP} at least; "
-                    f"name both"
+                    f"{key} = {axes!r}: the batch is divided over data, {FSDP} and {EXPERT} at "
+                    f"least; name all three, {EXPERT} last"
+                )
+            if name in FIXED:
+                raise ValueError(
+                    f"{key} = {axes!r}: the exchange of tokens between experts fixes it; leave it "
+                    f"out"
                 )
 
 
@@ -163,7 +204,7 @@ class Rules:
 
     def at_rest(self, names: str, shape: tuple[int, ...]) -> P:
         """The partition between steps of a parameter's master copy and moments."""
-        if not self.rows and is_stacked(names):
+        if not self.rows and is_staged(names):
             return self.spread(names, shape)
         return self._parameter(names, shape, divided=self.zero >= 1, tables=True)
 
@@ -173,7 +214,7 @@ class Rules:
 
     def of_gradient(self, names: str, shape: tuple[int, ...]) -> P:
         """The partition of a parameter's gradient."""
-        if not self.rows and is_stacked(names):
+        if not self.rows and is_staged(names):
             return self.spread(names, shape)  # on its way back from the stages anyway
         return self._parameter(names, shape, divided=self.zero >= 2, tables=True)
 
@@ -207,7 +248,7 @@ class Rules:
         # The dim that the table names for fsdp, or where that does not divide the first one that
         # does: every tensor is divided that can be, biases and gains too.
         wanted = [i for i, name in enumerate(dims) if FSDP in self.axes(name)]
-        order = wanted + [i for i, name in enumerate(dims) if name != "layers"]
+        order = wanted + [i for i, name in enumerate(dims) if name not in STACKS]
 
         def divide(axis: str) -> None:
             for i in order:
@@ -219,7 +260,7 @@ class Rules:
             divide(FSDP)
         if spread:
             # After fsdp, so that what one device has over all stages is one block of the dim.
-            parts[dims.index("layers")] = ()
+            parts[dims.index(STAGED)] = ()
             divide(PIPE)
         return self._spec(parts, names)
 
@@ -237,8 +278,24 @@ class Rules:
 
 
 def is_stacked(names: str) -> bool:
-    """Whether an array holds all layers, one after the other, by its axis string."""
-    return names.split()[0] == "layers"
+    """Whether an array holds several layers, one after the other, by its axis string."""
+    return names.split()[0] in STACKS
+
+
+def of_one_layer(names: str) -> str:
+    """The axis string without the leading dim of layers, if it has one."""
+    first, _, rest = names.partition(" ")
+    return rest if first in STACKS else names
+
+
+def is_staged(names: str) -> bool:
+    """Whether these are the layers that the stages of a pipeline divide."""
+    return names.split()[0] == STAGED
+
+
+def is_shared(names: str) -> bool:
+    """Whether layers read this array that is none of the stack's."""
+    return names.split()[0] in READ_BY_LAYERS
 
 
 def make_rules(
@@ -269,6 +326,8 @@ def make_rules(
     for name, act in PAIRS.items():  # a parameter's override carries its activation along
         if name in overrides and act not in overrides:
             table[act] = tuple(axis for axis in overrides[name] if axis != FSDP)
+    table["groups"] = table["batch"]
+    table["group_batch"] = tuple(axis for axis in table["batch"] if axis != EXPERT)
     for name, (size, key) in dims.items():
         axes = tuple(a for a in table[name] if a != FSDP or name == "batch")
         parts = math.prod(sizes[axis] for axis in axes)
@@ -277,7 +336,9 @@ def make_rules(
         if name == "kv_heads" and parts % size == 0:
             table["kv_heads"] = table["act_kv_heads"] = ()
             continue
-        shown = " x ".join(f"config.mesh.{axis} = {sizes[axis]}" for axis in axes)
+        shown = " x ".join(
+            f"config.mesh.{axis} = {sizes[axis]}" for axis in axes if sizes[axis] > 1
+        )
         raise ValueError(f"{key} = {size} does not divide by {shown}; choose a multiple of {parts}")
     rules = Rules(tuple(table.items()), tuple(sizes.items()), config.zero, rows)
     rules.spec("batch seq act_heads head_dim"), rules.spec("batch residual_seq act_embed")

@@ -36,11 +36,24 @@ class Stage:
         arrays = model.arrays
         self.x_BTD = jax.eval_shape(model.embed, arrays.outside, jnp.int32(0))
         period, most = model.cut.period, division.most
-        first = [[a[:period] for a in own] for own in (arrays.own, arrays.own_copy)]
+        weights, copies = (
+            model.parts.read_by_layers(own, outside)
+            for own, outside in (
+                (arrays.own, arrays.outside),
+                (arrays.own_copy, arrays.outside_copy),
+            )
+        )
+        stacked = model.parts.stacked_of_read
+
+        def unit(arrays: list[jax.Array]) -> list[jax.Array]:
+            pairs = zip(arrays, stacked, strict=False)  # of empty copies none
+            return [a[:period] if own else a for a, own in pairs]
+
         self.chunks = Chunks(
-            Split(model.unit, first[0], first[1], self.x_BTD),
-            [*arrays.own, *arrays.own_copy],
-            len(arrays.own),
+            Split(model.unit, unit(weights), unit(copies), self.x_BTD),
+            weights,
+            copies,
+            stacked,
             most // period,
             period,
             division.even,
@@ -88,6 +101,15 @@ class Stage:
         x_BTD = self.x_BTD
         return jnp.zeros(x_BTD.shape, x_BTD.dtype, out_sharding=x_BTD.sharding.spec)
 
+    def sums(self, carry: Carry) -> list[jax.Array]:
+        """The sums of gradients that layers add to."""
+        return self.model.parts.read_by_layers(carry["own"], carry["outside"])
+
+    def with_sums(self, carry: Carry, sums: list[jax.Array]) -> Carry:
+        """The carry with those."""
+        own, outside = self.model.parts.replaced(sums, carry["outside"])
+        return carry | {"own": own, "outside": outside}
+
     def with_loss(self, carry: Carry, y_BTD: jax.Array, row: Row) -> tuple[Carry, jax.Array]:
         """Adds the loss of a micro-batch and its gradient by the head; gives that by `y_BTD`."""
         grad = jax.value_and_grad(self.model.loss, argnums=(0, 1), has_aux=True)
@@ -121,8 +143,9 @@ class Stage:
         """B, and W with it or not."""
         dy_BTD, ring = _take(carry["cotangent"], row["cotangent"]), carry["residual"]
         if with_weights:
-            dx_BTD, own = self.chunks.backward(row, dy_BTD, ring, row["residual"], carry["own"])
-            return carry | {"own": own}, dx_BTD
+            sums = self.sums(carry)
+            dx_BTD, sums = self.chunks.backward(row, dy_BTD, ring, row["residual"], sums)
+            return self.with_sums(carry, sums), dx_BTD
         dx_BTD, pending = self.chunks.input_grad(
             row, dy_BTD, ring, row["residual"], carry["pending"], row["pending"]
         )
@@ -130,15 +153,15 @@ class Stage:
 
     def weight(self, carry: Carry, row: Row) -> Carry:
         """W, where B has not done it."""
-        own = self.chunks.weight_grad(
+        sums = self.chunks.weight_grad(
             row,
             carry["residual"],
             row["residual"],
             carry["pending"],
             row["pending"],
-            carry["own"],
+            self.sums(carry),
         )
-        return carry | {"own": own}
+        return self.with_sums(carry, sums)
 
     def to_embedding(self, carry: Carry, dx_BTD: jax.Array, row: Row) -> Carry:
         """Adds the gradient of the embedding, on the first chunk."""

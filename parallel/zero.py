@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from parallel.exchange import to_rows, to_spread
 from parallel.gather import gather
-from parallel.rules import Rules, is_stacked
+from parallel.rules import Rules, is_staged
 
 Tree = Any
 
@@ -89,7 +89,7 @@ def for_model(
 
 def _spread(rules: Rules, dtype: str, array: jax.Array, names: str) -> jax.Array:
     cast = array.astype(dtype)
-    if not is_stacked(names):
+    if not is_staged(names):
         return jax.reshard(cast, rules.in_model(names, array.shape))
     spec = rules.spread(names, array.shape)
     return to_spread(cast, spec, range(len(array))) if rules.rows else jax.reshard(cast, spec)
@@ -107,7 +107,7 @@ def laid_out(
 
     def own(array: jax.Array, names: str) -> jax.Array:
         array = array.astype(dtype)
-        if rows is None or not is_stacked(names):
+        if rows is None or not is_staged(names):
             return array
         return to_rows(array, rules.spread(names, array.shape), rows)
 

@@ -35,8 +35,10 @@ def inputs(batch=B, q_length=T, k_length=T, heads=N, kv_heads=N, head_dim=H, dty
     return [random.normal(size=s).astype(dtype) for s in (q_shape, k_shape, k_shape, q_shape)]
 
 
-def reference(q, k, v, do, seen, softcap=None, scale=None):
-    """o, dq, dk, dv in float64, from the definition; `seen` is [B, T, S]."""
+def reference(q, k, v, do, seen, softcap=None, scale=None, bias=None):
+    """o, dq, dk, dv in float64, from the definition, and the gradient of a bias [N, T, S] if there
+    is one; `seen` is [B, T, S].
+    """
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
     group = q.shape[2] // k.shape[2]
     k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
@@ -45,17 +47,21 @@ def reference(q, k, v, do, seen, softcap=None, scale=None):
     slope = np.ones_like(s)
     if softcap is not None:
         s, slope = softcap * np.tanh(s / softcap), 1 / np.cosh(s / softcap) ** 2
+    if bias is not None:
+        s = s + bias
     e = np.exp(s) * seen[:, None]
     total = e.sum(-1, keepdims=True)
     p = e / np.where(total == 0, 1, total)
     o = np.einsum("bnts,bsnh->btnh", p, v)
     dp = np.einsum("btnh,bsnh->bnts", do, v)
-    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * slope * scale
+    dbias = p * (dp - (p * dp).sum(-1, keepdims=True))
+    ds = dbias * slope * scale
     dq = np.einsum("bnts,bsnh->btnh", ds, k)
     dk = np.einsum("bnts,btnh->bsnh", ds, q)
     dv = np.einsum("bnts,btnh->bsnh", p, do)
     shape = (*k.shape[:2], -1, group, k.shape[-1])
-    return o, dq, dk.reshape(shape).sum(3), dv.reshape(shape).sum(3)
+    found = o, dq, dk.reshape(shape).sum(3), dv.reshape(shape).sum(3)
+    return found if bias is None else (*found, dbias.sum(0))
 
 
 def with_gradients(mask: Mask, rules: Rules, **options):

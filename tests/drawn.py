@@ -10,15 +10,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from models.config import DecoderConfig
+from models.config import ModelConfig
 from models.decoder import Decoder
+from models.encoder_decoder import EncoderDecoder
 from parallel.remat import RematConfig
 from tests.small import Laid
 
 NO_REMAT = RematConfig()
 
 
-def drawn_params(laid: Laid, config: DecoderConfig) -> Any:
+def drawn_params(laid: Laid, config: ModelConfig) -> Any:
     """Float32 NumPy; at initial ones and zeros an error in gains and biases would be hidden."""
     rng = np.random.default_rng(0)
 
@@ -32,10 +33,11 @@ def drawn_params(laid: Laid, config: DecoderConfig) -> Any:
 
 
 def decoder_of(
-    laid: Laid, config: DecoderConfig, remat: RematConfig = NO_REMAT
+    laid: Laid, config: ModelConfig, remat: RematConfig = NO_REMAT
 ) -> Callable[[Any], Decoder]:
     """params -> the decoder with these parameters."""
-    build = lambda key: Decoder(config, laid.model.rules, remat, nnx.Rngs(params=key))
+    kind = EncoderDecoder if config.family == "encoder_decoder" else Decoder
+    build = lambda key: kind(config, laid.model.rules, remat, nnx.Rngs(params=key))
     graph, _ = nnx.split(nnx.eval_shape(build, jax.random.key(0)))
     return lambda params: nnx.merge(graph, params)
 

@@ -23,7 +23,10 @@ from training import manifest
 STEP = cli.Flag("step", int, None, "the step to restore")
 PROGRAMS = {
     "train.py": (train.main, {"config_from": "file"}),
-    "evaluate.py": (evaluate.main, {"config_from": "workdir", "flags": [STEP]}),
+    "evaluate.py": (
+        evaluate.main,
+        {"config_from": "workdir or checkpoint", "flags": [STEP]},
+    ),
 }
 
 
@@ -80,7 +83,8 @@ BAD_KEYS = {
     "mesh.tensor=0": ("config.mesh.tensor = 0", "at least 1, or -1"),
     "mesh.tensor=-2": ("config.mesh.tensor = -2", "at least 1, or -1"),
     "mesh.context=2": ("config.mesh.context = 2", "not built yet; only 1"),
-    "mesh.expert=2": ("config.mesh.expert = 2", "not built yet; only 1"),
+    "mesh.expert=2": ("config.mesh.expert = 2", "no experts to divide", "set it to 1"),
+    "experts.number=1": ("config.experts.number = 1", "2 or more, or 0"),
     # layout
     "parallel.zero=4": ("config.parallel.zero = 4", "0, 1, 2 or 3"),
     "parallel.zero=-1": ("config.parallel.zero = -1", "0, 1, 2 or 3"),
@@ -185,7 +189,7 @@ BAD_KEYS = {
     "model.vocab_size=-1": ("config.model.vocab_size = -1", "at least 1"),
     "model.kv_heads=3": ("config.model.kv_heads = 3", "config.model.heads = 8"),
     "model.head_dim=5": ("config.model.head_dim = 5", "even"),
-    "model.family=encoder": ("config.model.family = 'encoder'", "decoder"),
+    "model.family=encoder": ("config.model.family = 'encoder'", "masked_lm or class"),
     "model.activation=swish": ("config.model.activation = 'swish'", "silu"),
     "model.dropout=1.0": ("config.model.dropout = 1.0", "[0, 1)"),
     "model.dropout=nan": ("config.model.dropout = nan", "a finite number"),
@@ -193,9 +197,36 @@ BAD_KEYS = {
     "model.init_std=inf": ("config.model.init_std = inf", "a finite number"),
     "model.window=8": ("config.model.window = 8", "config.model.pattern", "'local'"),
     "model.pattern=lokal": ("config.model.pattern = ['lokal']", "'local' and 'global'"),
+    "model.distinct=2": ("config.model.distinct = 2", "1 to 1", "config.model.layers"),
+    "model.sharing=ring": ("config.model.sharing = 'ring'", "cycle, repeat"),
+    "model.embed_rank=32": ("config.model.embed_rank = 32", "1 to 31"),
     "model.tied=perhaps": ("config.model.tied = 'perhaps'", "true or false"),
     "data.sequence_length=64": ("config.data.sequence_length = 64", "config.model.max_length = 32"),
     "data.sequence_length=0": ("config.data.sequence_length = 0", "at least 1"),
+    # objective
+    "objective.name=mlm": ("config.objective.name = 'mlm'", "masked_lm"),
+    "objective.mask_rate=1": ("config.objective.mask_rate = 1.0", "between 0 and 1"),
+    "objective.mask_rate=nan": ("config.objective.mask_rate = nan", "a finite number"),
+    "objective.span_length=0": ("config.objective.span_length = 0.0", "at least 1"),
+    "objective.task_weight=0": ("config.objective.task_weight = 0.0", "above 0"),
+    "objective.tasks={'kind': 1}": ("config.objective.tasks.kind = 1", "at least 2"),
+    "objective.tasks={'kind': 'x'}": ("config.objective.tasks.kind = 'x'", "a whole number"),
+    "objective.tasks=kind": ("config.objective.tasks = 'kind'", "a mapping"),
+    "objective.name=classification": ("config.objective.tasks = {}", "such as {'digit': 10}"),
+    "objective.name=prefix_lm": ("config.data.packing = 'packed'", "set it to buckets or none"),
+    "data.source_length=0": ("config.data.source_length = 0", "at least 1"),
+    "data.source_field=code": ("config.data.source_field = 'code'", "'jsonl'", "leave it empty"),
+    "data.source=jsonl data.source_field=code": (
+        "config.data.source_field = 'code'",
+        "config.objective.name = 'causal_lm' reads no source",
+    ),
+    "data.source=docstrings": ("config.data.path", "reads no path", "leave it empty"),
+    "data.source=docstrings data.path=": (
+        "config.data.source = 'docstrings'",
+        "config.objective.name = 'causal_lm'",
+        "learns from",
+    ),
+    "data.source=images": ("config.data.source = 'images'", "learns from"),
     # remat and precision
     "remat.policy=some": ("config.remat.policy = 'some'", "full"),
     "remat.save=query": ("config.remat.save = ['query']", "'custom'"),
@@ -207,6 +238,13 @@ BAD_KEYS = {
     "precision.compute=fp16": ("config.precision.compute = 'fp16'", "float16"),
     "precision.scale=0": ("config.precision.scale = 0.0", "at least 1"),
     # optimizer, loss, loop
+    "optimizer.frozen=stak/*": (
+        "config.optimizer.frozen = ['stak/*']",
+        "names no parameter",
+        "stack",
+    ),
+    "optimizer.frozen=*": ("config.optimizer.frozen = ['*']", "nothing is left to train"),
+    "init_new=heads/*": ("config.init_new = ['heads/*']", "without config.init_from"),
     "optimizer.name=adam": ("config.optimizer.name = 'adam'", "adamw"),
     "optimizer.schedule=linear": ("config.optimizer.schedule = 'linear'", "cosine"),
     "optimizer.learning_rate=-1": ("config.optimizer.learning_rate = -1.0", "above 0"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from config_border import with_values
-from configs import tiny
+from configs import tiny, tiny_captions, tiny_digits
 from experiment import read_experiment
 
 
@@ -94,3 +94,89 @@ def test_layers_that_are_computed_again_outweigh_the_head():
         return read(**FOUR, pipeline__balance="cost", **keys).pipeline.layers[-1]
 
     assert last("full") > last("none")
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "said"),
+    [
+        (tiny_digits, dict(data__sequence_length=8), "the 16 patches of an image; set it to 16"),
+        (tiny_captions, dict(data__sequence_length=56), r"56 and the 16 .* raise max_length"),
+        (tiny_captions, dict(vision__heads=6), r"model\.heads = 8 and config\.vision\.heads = 6"),
+        (
+            tiny_captions,
+            dict(data__sequence_length=36, parallel__sequence=True),
+            r"sequence_length = 36 and the patches of an image .* = 4 does not divide",
+        ),
+        (tiny_captions, dict(model__family="decoder"), r"config\.vision\.image_size = 8"),
+        (tiny_captions, dict(objective__name="causal_lm"), "is trained for captioning"),
+        (tiny_digits, dict(objective__name="captioning"), "is trained for classification"),
+    ],
+)
+def test_images_that_fit_nowhere_are_refused(shape, keys, said):
+    values = {f"config.{key.replace('__', '.')}": value for key, value in keys.items()}
+    layout = {"config.mesh.data": 1, "config.mesh.tensor": 8}
+    with pytest.raises(ValueError, match=said):
+        read_experiment(with_values(shape.get_config(), layout | values), 8)
+
+
+def test_what_a_vit_does_not_read_is_said():
+    config = with_values(tiny_digits.get_config(), {"config.model.embed_scale": True})
+    assert any("embed_scale" in note for note in read_experiment(config, 1).without_effect("cpu"))
+
+
+def test_keys_of_objectives_without_effect_are_noted():
+    assert read(objective__name="prefix_lm", data__packing="none").without_effect("gpu") == []
+    keys = dict(objective__mask_rate=0.3, data__source_length=99)
+    assert read(**keys).without_effect("gpu") == [
+        "config.objective.mask_rate has no effect: config.objective.name is 'causal_lm'",
+        "config.data.source_length has no effect: config.objective.name is 'causal_lm'",
+    ]
+
+
+ENCODER = dict(model__family="encoder", objective__name="masked_lm", data__packing="none")
+TASKS = {"package": 8}
+
+
+def test_the_objective_says_what_heads_there_are():
+    masked = read(**ENCODER).model
+    assert (masked.token_head, masked.tasks) == (True, ())
+    both = read(**ENCODER, objective__tasks=TASKS).model
+    assert (both.token_head, both.tasks) == (True, (("package", 8),))
+    rows = read(**ENCODER | {"objective__name": "classification"}, objective__tasks=TASKS)
+    assert not rows.model.token_head
+    assert {"targets", "counted"} & rows.job().batch_arrays.keys() == set()
+    assert rows.job().batch_arrays["label_package"].below == 8
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            dict(model__family="encoder"),
+            "config.objective.name = 'causal_lm': config.model.family = 'encoder' is trained for ",
+        ),
+        (dict(objective__name="masked_lm"), "config.objective.name = 'masked_lm': "),
+        (
+            dict(objective__tasks=TASKS),
+            "config.objective.tasks = {'package': 8}: config.model.family = 'decoder' has no heads",
+        ),
+        (
+            ENCODER | dict(experts__number=8),
+            "config.experts.number = 8: not built for config.model.family = 'encoder'",
+        ),
+        (
+            ENCODER | dict(checkpoint__best="package_loss"),
+            "config.checkpoint.best = 'package_loss': choose one of loss, perplexity, ",
+        ),
+        (
+            ENCODER
+            | dict(objective__name="classification", objective__tasks=TASKS)
+            | dict(checkpoint__best="perplexity"),
+            "config.checkpoint.best = 'perplexity': choose one of loss, package_loss;",
+        ),
+    ],
+)
+def test_what_no_encoder_or_decoder_is_trained_for(keys, message):
+    with pytest.raises(ValueError) as error:
+        read(**keys)
+    assert str(error.value).startswith(message)

@@ -11,7 +11,15 @@ import pytest
 from parallel.mesh import AXES
 
 ROOT = Path(__file__).parent.parent
-FLOORS = {"parallel": 0, "models": 1, "data": 1, "training": 2, "memory": 3, "compress": 3}
+FLOORS = {
+    "parallel": 0,
+    "models": 1,
+    "data": 1,
+    "training": 2,
+    "memory": 3,
+    "hf": 3,
+    "compress": 3,
+}
 COMMANDS = {path.stem for path in ROOT.glob("*.py")}
 OURS = {*FLOORS, *COMMANDS, "configs", "benchmarks", "tests"}
 AMBIGUOUS = "data"  # a mesh axis and a room; looked for only inside a PartitionSpec
@@ -80,7 +88,7 @@ def test_configs_import_nothing_but_ml_collections():
         ("data", "def f():\n    from training import step"),  # up, hidden in a function
         ("training", "import numpy, cli"),
         ("models", "from configs import tiny"),
-        ("configs", "from models.config import DecoderConfig"),
+        ("configs", "from models.config import ModelConfig"),
     ],
 )
 def test_the_check_sees_a_wrong_import(room, source):

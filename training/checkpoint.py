@@ -17,7 +17,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,8 +136,21 @@ class Checkpoints:
                 self._pending = self._pool.submit(self._finish, writer, step, tensors, text)
         self.seconds_blocked += time.perf_counter() - start
 
+    def tensors(self, step: int | None) -> tuple[int, dict[str, dict[str, Any]]]:
+        """The step that `restore` would read, and what `naming.describe` said of its tensors.
+
+        Raises:
+          ValueError: there is no such step, or it is damaged.
+        """
+        found = self._find(step)
+        return found, manifest.tensors(self._directory / str(found))
+
     def restore(
-        self, step: int | None, abstract_state: PyTree, partial: bool = False
+        self,
+        step: int | None,
+        abstract_state: PyTree,
+        partial: bool = False,
+        left: Collection[str] = (),
     ) -> tuple[int, PyTree]:
         """Reads a step onto any mesh, in any precision, with any number of processes.
 
@@ -145,6 +158,7 @@ class Checkpoints:
           step: None is the newest that is undamaged; each damaged one is named in a warning.
           abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings; values are cast.
           partial: `abstract_state` is a part of what was saved, such as the parameters alone.
+          left: with `partial`, names of tensors that are left out.
 
         Returns:
           The step, and the state in the structure of `abstract_state`.
@@ -152,22 +166,27 @@ class Checkpoints:
         Raises:
           ValueError: there is no such step, it is damaged, or it holds another model.
         """
-        self._settle()
-        found = self._agree(self._undamaged(step) if jax.process_index() == 0 else 0)
-        if found < 0:
-            where = f"--workdir: {self._directory} has no"
-            if step is None:
-                raise ValueError(f"{where} undamaged checkpoint; train first, or choose another")
-            others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
-            raise ValueError(f"{where} undamaged step {step}; other steps there: {others}")
-        path = self._directory / str(found)
-        wanted, saved = naming.named(abstract_state), manifest.tensors(path)
-        naming.compare(wanted, saved, path, partial)
+        found, saved = self.tensors(step)
+        path, wanted = self._directory / str(found), naming.named(abstract_state)
+        kept = {name: tensor for name, tensor in saved.items() if name not in left}
+        naming.compare(wanted, kept, path, partial)
         abstract = naming.nested({n: naming.abstract_data(leaf) for n, leaf in wanted.items()})
         read = orbax_io.restore(path / "state", abstract, partial)
         arrays = naming.named(read)
         leaves = [naming.from_data(arrays[n], leaf, saved[n]) for n, leaf in wanted.items()]
         return found, jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+
+    def _find(self, step: int | None) -> int:
+        """The step asked for, or the newest, if it is there undamaged."""
+        self._settle()
+        found = self._agree(self._undamaged(step) if jax.process_index() == 0 else 0)
+        if found >= 0:
+            return found
+        where = f"--workdir: {self._directory} has no"
+        if step is None:
+            raise ValueError(f"{where} undamaged checkpoint; train first, or choose another")
+        others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
+        raise ValueError(f"{where} undamaged step {step}; other steps there: {others}")
 
     def wait(self) -> None:
         """Blocks until the last save is on disk.

@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token: vocabulary divided over devices, logits of one chunk at a time.
+"""Cross-entropy of tokens: vocabulary divided over devices, logits of one chunk at a time.
 
 The logits of a whole batch are the largest tensor of a small model's step (tokens x vocabulary in
 float32). They never exist here: tokens go through in chunks, and the gradient is formed while a
@@ -53,6 +53,7 @@ def cross_entropy(
     rules: Rules,
     vocab_size: int,
     table_axes: str = "vocab -> embed",
+    bias: Array | None = None,
     chunk: int = 1024,
     softcap: float | None = None,
     z_loss: float = 0.0,
@@ -61,15 +62,15 @@ def cross_entropy(
 
     Args:
       hidden_BTD: last hidden states in compute dtype, partitioned as "batch seq act_embed".
-      table: [V, D] (a tied embedding) or [D, V], in compute dtype, V padded. Mesh axes
-        other than those of `act_vocab` (FSDP's) are gathered here, and the gradient leaves reduced
-        and scattered over them.
+      table: [V, D] (a tied embedding) or [D, V], in compute dtype, V padded. Mesh axes but those of
+        `act_vocab` (FSDP's) are gathered here, and the gradient is reduced and scattered over them.
       targets_BT: int32, below `vocab_size`, partitioned as "batch seq".
       weights_BT: float32, partitioned as "batch seq"; zero for tokens that do not count. Holds
         1 / (tokens of the step) and the loss scale, so that gradients are scaled before any cast.
       rules: which mesh axes divide the batch and the vocabulary.
       vocab_size: the true number of tokens; later columns are padding and take no probability.
       table_axes: "vocab -> embed" or "embed -> vocab", the table's orientation.
+      bias: [V] in compute dtype, added to the logits, partitioned as "vocab"; None for none.
       chunk: tokens per device whose logits exist at one time.
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2,
         https://arxiv.org/abs/2408.00118).
@@ -81,7 +82,8 @@ def cross_entropy(
       whose target has the largest logit).
     """
     head = _Head(rules, vocab_size, table_axes, chunk, softcap, z_loss)
-    loss_sum, aux, _ = _cross_entropy(head, hidden_BTD, table, targets_BT, weights_BT)
+    weights = (table,) if bias is None else (table, bias)
+    loss_sum, aux, _ = _cross_entropy(head, hidden_BTD, weights, targets_BT, weights_BT)
     return loss_sum, jax.tree.map(lax.stop_gradient, aux)
 
 
@@ -99,10 +101,12 @@ def token_nll(
     """-log p(target) of every token, float32 [B, T], for evaluation; else like `cross_entropy`."""
     head = _Head(rules, vocab_size, table_axes, chunk, softcap, 0.0)
     ones_BT = jnp.ones(targets_BT.shape, jnp.float32, out_sharding=rules.spec("batch seq"))
-    return lax.stop_gradient(_cross_entropy(head, hidden_BTD, table, targets_BT, ones_BT)[2])
+    return lax.stop_gradient(_cross_entropy(head, hidden_BTD, (table,), targets_BT, ones_BT)[2])
 
 
 Outputs = tuple[Array, dict[str, Array], Array]  # loss_sum, aux, nll_BT
+HeadWeights = tuple[Array, ...]  # the table, and the bias if there is one
+Extra = list[tuple[int, tuple[str, ...]]]  # dims and mesh axes
 
 
 @dataclass(frozen=True)
@@ -127,21 +131,21 @@ class _Head:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(
-    head: _Head, hidden_BTD: Array, table: Array, targets_BT: Array, weights_BT: Array
+    head: _Head, hidden_BTD: Array, weights: HeadWeights, targets_BT: Array, weights_BT: Array
 ) -> Outputs:
-    return _island(head, False, hidden_BTD, table, targets_BT, weights_BT)[0]
+    return _island(head, False, hidden_BTD, weights, targets_BT, weights_BT)[0]
 
 
-def _forward(head: _Head, *arrays: Array) -> tuple[Outputs, tuple[Array, ...]]:
+def _forward(head: _Head, *arrays: Any) -> tuple[Outputs, tuple[Any, ...]]:
     return _island(head, True, *arrays)
 
 
 def _backward(
-    head: _Head, gradients: tuple[Array, Array], cotangents: Any
-) -> tuple[Array, Array, None, None]:
+    head: _Head, gradients: tuple[Array, HeadWeights], cotangents: Any
+) -> tuple[Array, HeadWeights, None, None]:
     d_loss = cotangents[0]  # the literal 1.0 under jax.grad: XLA drops the products
-    d_hidden, d_table = ((g.astype(jnp.float32) * d_loss).astype(g.dtype) for g in gradients)
-    return d_hidden, d_table, None, None
+    scaled = jax.tree.map(lambda g: (g.astype(jnp.float32) * d_loss).astype(g.dtype), gradients)
+    return *scaled, None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
@@ -151,38 +155,42 @@ def _island(
     head: _Head,
     with_gradient: bool,
     hidden_BTD: Array,
-    table: Array,
+    weights: HeadWeights,
     targets_BT: Array,
     weights_BT: Array,
-) -> tuple[Outputs, tuple[Array, ...]]:
+) -> tuple[Outputs, tuple[Any, ...]]:
     """Runs `_local` on every device, Manual over each mesh axis that is not Manual already."""
     mesh = jax.sharding.get_abstract_mesh()
     tokens, hidden = head.rules.spec("batch seq"), head.rules.spec("batch seq act_embed")
-    table_spec = jax.typeof(table).sharding.spec
+    specs = tuple(jax.typeof(weight).sharding.spec for weight in weights)
     return jax.shard_map(
-        partial(_local, head, table_spec, with_gradient),
-        in_specs=(hidden, table_spec, tokens, tokens),
-        out_specs=((P(), P(), tokens), (hidden, table_spec) if with_gradient else ()),
+        partial(_local, head, specs, with_gradient),
+        in_specs=(hidden, specs, tokens, tokens),
+        out_specs=((P(), P(), tokens), (hidden, specs) if with_gradient else ()),
         axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         check_vma=False,
-    )(hidden_BTD, table, targets_BT, weights_BT)
+    )(hidden_BTD, weights, targets_BT, weights_BT)
 
 
 def _local(
     head: _Head,
-    spec: P,
+    specs: tuple[P, ...],
     with_gradient: bool,
     x_BTD: Array,
-    table: Array,
+    head_weights: HeadWeights,
     targets_BT: Array,
     w_BT: Array,
-) -> tuple[Outputs, tuple[Array, ...]]:
+) -> tuple[Outputs, tuple[Any, ...]]:
     """One device's tokens against its part of the vocabulary."""
     batch, vocab = head.divided("batch"), head.divided("act_vocab")
-    extra = _extra_axes(head, spec)
-    for dim, axes in extra:
-        table = lax.all_gather(table, axes, axis=dim, tiled=True)
+    extras = [_extra_axes(head, *of) for of in zip(specs, (head.vocab_dim, 0), strict=False)]
 
+    def whole(weight: Array, extra: Extra) -> Array:
+        for dim, axes in extra:
+            weight = lax.all_gather(weight, axes, axis=dim, tiled=True)
+        return weight
+
+    used = tuple(map(whole, head_weights, extras))
     B, T = targets_BT.shape
     count = B * T
     chunks = -(-count // head.chunk)
@@ -196,43 +204,50 @@ def _local(
     def merge(a: Array) -> Array:
         return a.reshape(chunks * size, *a.shape[2:])[:count].reshape(B, T, *a.shape[2:])
 
-    one_chunk = partial(_chunk, head, with_gradient, table)
-    d_table = jnp.zeros(table.shape, jnp.float32) if with_gradient else None
+    one_chunk = partial(_chunk, head, with_gradient, used)
+    d_used = tuple(jnp.zeros(w.shape, jnp.float32) for w in used) if with_gradient else None
     xs = split(x_BTD), split(targets_BT), split(w_BT)
-    d_table, (nll, lse, correct, d_x) = lax.scan(one_chunk, d_table, xs)
+    d_used, (nll, lse, correct, d_x) = lax.scan(one_chunk, d_used, xs)
 
     weights, nll, lse, correct = merge(xs[2]), merge(nll), merge(lse), merge(correct)
     sums = [jnp.sum(weights * a) for a in (nll, lse * lse, correct)]
     nll_sum, z_sum, correct_sum = _psum(jnp.stack(sums), batch)
     aux = {"nll_sum": nll_sum, "z_sum": z_sum, "correct_sum": correct_sum}
     outputs = nll_sum + head.z_loss * z_sum, aux, nll
-    if d_table is None:
+    if d_used is None:
         return outputs, ()
 
-    for dim, axes in extra:
-        d_table = lax.psum_scatter(d_table, axes, scatter_dimension=dim, tiled=True)
-    scattered = {axis for _, axes in extra for axis in axes}
-    d_table = _psum(d_table, tuple(axis for axis in batch if axis not in scattered))
+    def reduced(gradient: Array, weight: Array, extra: Extra) -> Array:
+        for dim, axes in extra:
+            gradient = lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
+        scattered = {axis for _, axes in extra for axis in axes}
+        left = tuple(axis for axis in batch if axis not in scattered)
+        return _psum(gradient, left).astype(weight.dtype)
+
+    d_weights = tuple(map(reduced, d_used, used, extras))
     d_x_BTD = _psum(merge(d_x), vocab)
-    return outputs, (d_x_BTD.astype(x_BTD.dtype), d_table.astype(table.dtype))
+    return outputs, (d_x_BTD.astype(x_BTD.dtype), d_weights)
 
 
 def _chunk(
     head: _Head,
     with_gradient: bool,
-    table: Array,
-    d_table: Any,  # float32, or None without gradient
+    head_weights: HeadWeights,
+    d_weights: Any,  # float32, or None without gradient
     inputs: tuple[Array, Array, Array],
 ) -> tuple[Any, tuple[Any, ...]]:
-    """One chunk of C tokens: adds to the table's gradient; gives its losses and hidden gradient."""
+    """One chunk of C tokens: adds to gradients of the weights; gives losses and hidden gradient."""
     x_CD, targets_C, weights_C = inputs
+    table, *bias = head_weights
     vocab_axes, v = head.divided("act_vocab"), head.vocab_dim
     columns = table.shape[v]
     first = lax.axis_index(vocab_axes) * columns if vocab_axes else 0
-
-    capped_CV = logits_CV = lax.dot_general(
+    logits_CV = lax.dot_general(
         x_CD, table, (((1,), (1 - v,)), ((), ())), preferred_element_type=jnp.float32
     )
+    for bias_V in bias:
+        logits_CV += bias_V.astype(jnp.float32)[None]
+    capped_CV = logits_CV
     if head.softcap is not None:
         capped_CV = logits_CV = head.softcap * jnp.tanh(logits_CV / head.softcap)
     column_CV = lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1)
@@ -250,33 +265,34 @@ def _chunk(
     lse_C = max_C + jnp.log(exp_sum_C)
     losses = lse_C - picked_C, lse_C, (picked_C >= max_C).astype(jnp.float32)
     if not with_gradient:
-        return d_table, (*losses, None)
+        return d_weights, (*losses, None)
 
     scale_C = weights_C * (1.0 + 2.0 * head.z_loss * lse_C)
     d_logits_CV = jnp.exp(logits_CV - lse_C[:, None]) * scale_C[:, None]
     d_logits_CV -= jnp.where(column_CV == target_C[:, None], weights_C[:, None], 0.0)
     if head.softcap is not None:
         d_logits_CV *= 1.0 - jnp.square(capped_CV / head.softcap)
+    d_bias = [jnp.sum(d_logits_CV, axis=0) for _ in bias]
     d_logits_CV = d_logits_CV.astype(x_CD.dtype)
     d_x_CD = lax.dot_general(d_logits_CV, table, (((1,), (v,)), ((), ())))
     left, right = (d_logits_CV, x_CD) if v == 0 else (x_CD, d_logits_CV)
-    d_table += lax.dot_general(
+    d_table = lax.dot_general(
         left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
-    return d_table, (*losses, d_x_CD)
+    return tuple(map(jnp.add, d_weights, (d_table, *d_bias))), (*losses, d_x_CD)
 
 
 def _psum(x: Array, axes: tuple[str, ...]) -> Array:
     return lax.psum(x, axes) if axes else x
 
 
-def _extra_axes(head: _Head, spec: P) -> list[tuple[int, tuple[str, ...]]]:
-    """(dim, mesh axes) that divide the table at rest but not while it is used."""
+def _extra_axes(head: _Head, spec: P, vocab_dim: int) -> Extra:
+    """(dim, mesh axes) that divide the table or the bias at rest but not while it is used."""
     extra = []
     for dim, entry in enumerate(spec):
         axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
         axes = tuple(axis for axis in axes if head.rules.size((axis,)) > 1)
-        used = head.divided("act_vocab") if dim == head.vocab_dim else ()
+        used = head.divided("act_vocab") if dim == vocab_dim else ()
         assert axes[: len(used)] == used, (spec, used)
         assert set(axes[len(used) :]) <= set(head.divided("batch")), (spec, axes)
         if axes[len(used) :]:

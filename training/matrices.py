@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-STACKED = ("layers",)  # dims that count matrices and are in none
-TABLES = ("vocab", "position")  # a row of these is one token's: no matrix that turns vectors
+from parallel.rules import STACKS
+
+STACKED = (*STACKS, "experts")  # dims that count matrices and are in none
+TABLES = ("vocab", "position", "token_type")  # of rows, each a token's: no matrices
 
 
 def matrix_dims(axes: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

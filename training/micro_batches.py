@@ -1,6 +1,8 @@
-"""What every loss-and-gradients has in common: the weights of tokens, parts of a batch, means."""
+"""What every loss-and-gradients has in common: what counts, parts of a batch, means."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,26 +10,52 @@ import jax.numpy as jnp
 Batch = dict[str, jax.Array]
 
 
-def token_weights(batch: Batch, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(float32 weights_BT that sum to the loss scale, float32 number of tokens that count)."""
-    counted = (batch["segments"] > 0).astype(jnp.float32)
-    tokens = jnp.maximum(jnp.sum(counted), 1.0)
+class Weights(NamedTuple):
+    """What counts in a loss, float32: tokens, and rows where whole rows are classified.
+
+    Each of the two sums to the loss scale over a step's batch.
+    """
+
+    tokens_BT: jax.Array
+    rows_B: jax.Array
+
+
+def counted(batch: Batch) -> Weights:
+    """1 for every token and row that counts.
+
+    A token does where `counted` says so, or without that where it is no padding; a row does where
+    it has such a token. Of images alone a row counts, with all patches, that has a label, which -1
+    is not.
+    """
+    if "segments" not in batch:
+        label_B = next(array for name, array in batch.items() if name.startswith("label_"))
+        rows_B, patches = (label_B >= 0).astype(jnp.float32), batch["patches"].shape[1]
+        return Weights(jnp.broadcast_to(rows_B[:, None], (len(rows_B), patches)), rows_B)
+    given = batch["counted"] if "counted" in batch else batch["segments"]
+    tokens_BT = (given > 0).astype(jnp.float32)
+    return Weights(tokens_BT, jnp.max(batch["segments"] > 0, axis=1).astype(jnp.float32))
+
+
+def loss_weights(batch: Batch, scale: jax.Array) -> tuple[Weights, jax.Array]:
+    """(weights that sum to the loss scale, float32 number of tokens that count)."""
+    ones = counted(batch)
     # Scaled before the gradient is cast to compute dtype.
-    return counted / tokens * scale, jnp.sum(counted)
+    weights = [one / jnp.maximum(jnp.sum(one), 1.0) * scale for one in ones]
+    return Weights(*weights), jnp.sum(ones.tokens_BT)
 
 
-def split(array_BT: jax.Array, parts: int) -> jax.Array:
-    """[B, T] -> [parts, B / parts, T] without moving a row to another device."""
-    B, *rest = array_BT.shape
-    spec = jax.typeof(array_BT).sharding.spec
+def split(array: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] -> [parts, B / parts, ...] without moving a row to another device."""
+    B, *rest = array.shape
+    spec = jax.typeof(array).sharding.spec
     rows = jax.P(spec[0], None, *spec[1:])
-    rows_MBT = jnp.reshape(array_BT, (B // parts, parts, *rest), out_sharding=rows)
-    return jnp.moveaxis(rows_MBT, 1, 0)
+    parted = jnp.reshape(array, (B // parts, parts, *rest), out_sharding=rows)
+    return jnp.moveaxis(parted, 1, 0)
 
 
 def means(
     total: jax.Array, aux: dict[str, jax.Array], scale: jax.Array, tokens: jax.Array
 ) -> dict[str, jax.Array]:
-    """What a step reports, from sums that are weighted by `token_weights`."""
+    """What a step reports, from sums that are weighted by `loss_weights`."""
     parts = {name.removesuffix("_sum"): value / scale for name, value in aux.items()}
     return {"loss": total / scale} | parts | {"tokens": tokens}

@@ -6,7 +6,7 @@ is on disk depends on what a state holds and not on the classes that hold it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,20 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(part, {})
         node[last] = leaf
     return tree
+
+
+def completed(part: PyTree, whole: PyTree) -> PyTree:
+    """`whole` with what `part` has in its places; None stands for what that does not have."""
+    return _by_part(lambda new, old: old if new is None else new, part, whole)
+
+
+def restricted(whole: PyTree, part: PyTree) -> PyTree:
+    """What `whole` has where `part` has something, else None."""
+    return _by_part(lambda new, old: None if new is None else old, part, whole)
+
+
+def _by_part(choose: Callable[[Any, Any], Any], part: PyTree, whole: PyTree) -> PyTree:
+    return jax.tree.map(choose, part, whole, is_leaf=lambda leaf: leaf is None)
 
 
 def is_key(leaf: Any) -> bool:

@@ -1,82 +1,67 @@
-"""What a model is trained for: from a model's config to the pure functions that the step takes."""
+"""From a config to the model that a step trains: what each family may be trained for."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
-from flax import nnx
-
-from models.config import DecoderConfig
-from models.decoder import Decoder, logical_axes
-from parallel.cut import Cut
+from data.objective import ObjectiveConfig
+from models.config import ModelConfig
 from parallel.pipeline import PipelineConfig
 from parallel.remat import RematConfig
 from parallel.rules import Rules
-from training.losses import LossConfig, cross_entropy
+from training.captioning import captioning
+from training.causal_lm import causal_lm
+from training.encoder_model import encoder_model
+from training.image_classification import image_classification
+from training.losses import LossConfig
+from training.seq2seq import seq2seq
 from training.state import Model
 
+OBJECTIVES = {
+    "decoder": ("causal_lm", "prefix_lm"),
+    "encoder": ("masked_lm", "classification"),
+    "encoder_decoder": ("seq2seq", "span_corruption"),
+    "vision": ("classification",),
+    "vision_language": ("captioning",),
+}
+WITH_TASKS = ("encoder", "vision")  # families that have heads for tasks
 
-def causal_lm(
-    config: DecoderConfig,
+
+def make_model(
+    config: ModelConfig,
+    objective: ObjectiveConfig,
     loss: LossConfig,
     rules: Rules,
     remat: RematConfig,
     pipeline: PipelineConfig | None = None,
 ) -> Model:
-    """Next-token prediction: the decoder's features through the vocabulary-sharded loss."""
+    """The model of a config as pure functions; call it inside `jax.set_mesh`."""
+    check_objective(config, objective)
+    if config.family == "encoder":
+        return encoder_model(config, loss, objective.task_weight, rules, remat, pipeline)
+    if config.family == "encoder_decoder":
+        return seq2seq(config, loss, rules, remat, pipeline)
+    if config.family == "vision":
+        return image_classification(config, rules, remat, pipeline)
+    if config.family == "vision_language":
+        return captioning(config, loss, rules, remat, pipeline)
+    return causal_lm(config, loss, rules, remat, pipeline)
 
-    def build(key: jax.Array) -> Decoder:
-        return Decoder(config, rules, remat, nnx.Rngs(params=key))
 
-    # What is static about the model, without computing anything.
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
+def check_objective(config: ModelConfig, objective: ObjectiveConfig) -> None:
+    """Refuses what a family is not trained for.
 
-    axes = logical_axes(abstract)
-
-    def init(key: jax.Array) -> Any:
-        def at_rest(array: jax.Array, names: str) -> jax.Array:
-            return jax.reshard(array, rules.at_rest(names, array.shape))  # layers over stages
-
-        return jax.tree.map(at_rest, nnx.to_pure_dict(nnx.state(build(key))), axes)
-
-    def weighted_loss(
-        params: Any, batch: dict[str, jax.Array], weights_BT: jax.Array, key: jax.Array | None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = nnx.merge(graph, params)
-        return head_loss(model, model(batch, key), batch, weights_BT)
-
-    def head_loss(
-        model: Decoder, hidden_BTD: jax.Array, batch: dict[str, jax.Array], weights_BT: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        head = model.head()
-        return cross_entropy(
-            hidden_BTD,
-            head.weight,
-            batch["targets"],
-            weights_BT,
-            rules=rules,
-            vocab_size=config.vocab_size,
-            table_axes=head.axes,
-            chunk=loss.chunk,
-            softcap=config.logit_softcap or None,
-            z_loss=loss.z_loss,
+    Raises:
+      ValueError: naming the key, its value and what would be right.
+    """
+    possible = OBJECTIVES[config.family]
+    if objective.name not in possible:
+        raise ValueError(
+            f"config.objective.name = {objective.name!r}: config.model.family = "
+            f"{config.family!r} is trained for {' or '.join(possible)}"
         )
-
-    def blocks(params: Any, x_BTD: jax.Array, *args: Any) -> jax.Array:
-        return nnx.merge(graph, params).run_blocks(x_BTD, *args)
-
-    def last_loss(
-        params: Any, x_BTD: jax.Array, batch: dict[str, jax.Array], weights_BT: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = nnx.merge(graph, params)
-        return head_loss(model, model.finish(x_BTD), batch, weights_BT)
-
-    cut = Cut(
-        embed=lambda params, *args: nnx.merge(graph, params).embed(*args),
-        blocks=blocks,
-        loss=last_loss,
-        layers=config.layers,
-        period=len(config.pattern),
-    )
-    return Model(init, axes, weighted_loss, rules, cut, pipeline)
+    if config.tasks and config.family not in WITH_TASKS:
+        raise ValueError(
+            f"config.objective.tasks = {dict(config.tasks)}: config.model.family = "
+            f"{config.family!r} has no heads for them; leave it empty"
+        )
+    assert config.token_head == (objective.name != "classification"), (config, objective)
+    assert config.token_head or config.tasks, config

@@ -17,8 +17,10 @@ from typing import Any
 import jax
 import optax
 
-from parallel.rules import is_stacked
+from parallel.rules import SHARED, STAGED
 from training.naming import named
+
+OFFLOADED = (STAGED, SHARED)  # of which a model has one or the other
 
 Tree = Any
 Apply = Callable[[optax.GradientTransformation, Tree, Tree, Tree], tuple[Tree, Tree]]
@@ -114,8 +116,17 @@ class Offloaded:
 
 
 def offloaded(make: Callable[[Tree], optax.GradientTransformation], axes: Tree) -> Offloaded:
-    """The optimizer that `make` makes for logical axes, its moments of "layers ..." offloaded."""
-    stacked = frozenset(name for name, dims in named(axes).items() if is_stacked(dims))
+    """The optimizer that `make` makes for logical axes, the moments of its layers offloaded.
+
+    Raises:
+      ValueError: there are none, all being frozen.
+    """
+    stacked = frozenset(name for name, dims in named(axes).items() if dims.split()[0] in OFFLOADED)
+    if not stacked:
+        raise ValueError(
+            "config.optimizer.offload = True: moments of layers are offloaded, and "
+            "config.optimizer.frozen leaves no layer to train; set it to False"
+        )
     layers, others = _parts(axes, stacked)
     return Offloaded(make(axes), make(layers), make(others), stacked)
 

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from parallel.mesh import platform
 from parallel.rules import Rules
 from training.matrices import decays, scale_by_factored_rms, scale_by_muon
+from training.naming import completed, restricted
 from training.offload import Offloaded, offloaded
 from training.schedules import make_schedule
 
@@ -46,6 +47,8 @@ class OptimizerConfig:
       eps: added to the denominator.
       momentum: of sgd and muon; 0 gives sgd without state.
       offload: moments of the stacked layers live in host memory (training/offload.py).
+      frozen: patterns of canonical names, such as "stack/*", of parameters that are not trained
+        (training/frozen.py).
     """
 
     name: str = "adamw"
@@ -61,6 +64,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     momentum: float = 0.9
     offload: bool = False
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         def check(key: str, right: bool, hint: str) -> None:
@@ -89,7 +93,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any) -> Opti
     Args:
       config: `config.optimizer`.
       total_steps: updates of the whole run, for the schedule.
-      axes: a tree like the parameters, of their logical axes ("layers embed -> mlp").
+      axes: a tree like the trained parameters, of their logical axes ("layers embed -> mlp").
 
     Returns:
       A transformation with state {"clip", "direction", "decay", "rate"}. Its update takes
@@ -156,15 +160,18 @@ def apply_update(
 
     Args:
       optimizer: of `make_optimizer`.
-      grads: in any dtype and sharding; brought to the parameters' own.
+      grads: in any dtype and sharding; brought to the parameters' own. None where a parameter is
+        frozen, which then stays as it is.
       opt_state: of `optimizer.init`.
       params: master parameters.
       scale: how many times too large the gradients are (float16's loss scale).
 
     Returns:
-      (params, opt_state, grad_norm, finite): the global norm before clipping, float32, and whether
+      (params, opt_state, grad_norm, finite): the global norm before clipping, float32, of all
+      `grads`, and whether
       the update was applied, bool.
     """
+    every, params = params, restricted(params, grads)
     # Before the cast: fewer bytes travel.
     grads = jax.tree.map(lambda g, p: jax.reshard(g, jax.typeof(p).sharding.spec), grads, params)
     norm = global_norm(grads) / scale
@@ -187,7 +194,7 @@ def apply_update(
             params, opt_state = optimizer.update(update, grads, params, opt_state)
         else:
             params, opt_state = update(optimizer, grads, params, opt_state)
-    return params, opt_state, norm, finite
+    return completed(params, every), opt_state, norm, finite
 
 
 def _update_if(finite: Array, update: Callable[..., Any], *state: Any) -> Any:

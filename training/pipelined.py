@@ -11,7 +11,7 @@ from parallel.mesh import PIPE
 from parallel.pipeline import check_size, run_pipeline, stage_rows
 from parallel.precision import PrecisionConfig
 from parallel.zero import laid_out
-from training.micro_batches import Batch, means, split, token_weights
+from training.micro_batches import Batch, loss_weights, means, split
 from training.state import Model
 
 Tree = Any
@@ -39,8 +39,8 @@ def pipelined_loss_and_grads(
         params: Tree, batch: Batch, key: jax.Array | None, scale: jax.Array
     ) -> tuple[dict[str, jax.Array], Tree]:
         leaves, copy = laid_out(params, model.axes, rules, precision.compute, rows)
-        weights_BT, tokens = token_weights(batch, scale)
-        parts = jax.tree.map(lambda a: split(a, microbatches), (batch, weights_BT))
+        weights, tokens = loss_weights(batch, scale)
+        parts = jax.tree.map(lambda a: split(a, microbatches), (batch, weights))
         (total, aux), grads, _ = run_pipeline(
             cut,
             schedule,
@@ -53,6 +53,6 @@ def pipelined_loss_and_grads(
             key,
             precision.accumulate,
         )
-        return means(total, aux, scale, tokens), grads
+        return means(total, aux, scale, tokens), model.trained(grads)
 
     return of_batch

@@ -15,6 +15,7 @@ from parallel.cut import Cut
 from parallel.pipeline import PipelineConfig
 from parallel.precision import LossScale, PrecisionConfig
 from parallel.rules import Rules
+from training.naming import named
 from training.offload import Offloaded
 from training.optim import Optimizer, state_specs
 
@@ -46,10 +47,11 @@ class Model:
     Attributes:
       init: PRNG key -> float32 parameters, laid out at rest.
       axes: tree of logical axis strings, one for each parameter.
-      loss: (params for the model, batch, weights_BT, key or None) -> (float32 sum, float32 sums).
+      loss: (params for the model, batch, `Weights`, key or None) -> (float32 sum, float32 sums).
       rules: the layout.
       cut: the same model in parts, for stages.
       pipeline: how the stages work together.
+      frozen: canonical names of the parameters that are not trained (`training.frozen`).
     """
 
     init: Callable[[jax.Array], Tree]
@@ -58,6 +60,18 @@ class Model:
     rules: Rules
     cut: Cut | None = None
     pipeline: PipelineConfig | None = None
+    frozen: frozenset[str] = frozenset()
+
+    def trained(self, tree: Tree) -> Tree:
+        """A tree like the parameters, with None, which is nothing to JAX, for the frozen ones.
+
+        Gradients are such a tree, and optimizers are made of and for such trees.
+        """
+        if not self.frozen:
+            return tree
+        structure: Any = jax.tree.structure(self.axes)
+        leaves = zip(named(self.axes), structure.flatten_up_to(tree), strict=True)
+        return structure.unflatten([None if name in self.frozen else leaf for name, leaf in leaves])
 
 
 def abstract_params(model: Model, precision: PrecisionConfig) -> Tree:
@@ -65,8 +79,39 @@ def abstract_params(model: Model, precision: PrecisionConfig) -> Tree:
     return jax.eval_shape(lambda: _cast(model.init(jax.random.key(0)), precision))
 
 
+def count_of(params: Tree) -> int:
+    """How many numbers a tree of parameters holds."""
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
+def placed_params(
+    model: Model,
+    precision: PrecisionConfig,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+) -> Tree:
+    """The master parameters at rest as `ShapeDtypeStruct`s with shardings."""
+    abstract = abstract_params(model, precision)
+    specs = jax.tree.map(lambda p, names: model.rules.at_rest(names, p.shape), abstract, model.axes)
+    return jax.tree.map(
+        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding),
+        abstract,
+        shardings_of(specs, mesh),
+    )
+
+
 def _cast(params: Tree, precision: PrecisionConfig) -> Tree:
     return jax.tree.map(lambda p: p.astype(precision.params), params)
+
+
+def drawn_params(
+    model: Model,
+    precision: PrecisionConfig,
+    seed: int,
+    chosen: Callable[[Tree], Tree] = lambda params: params,
+) -> Tree:
+    """Master parameters of a seed, or what is `chosen` of them: nothing else is drawn then."""
+    draw = lambda: chosen(_cast(model.init(jax.random.key(seed)), precision))
+    return jax.jit(draw, compiler_options=quick_compilation())()
 
 
 def state_partition(model: Model, optimizer: Optimizer, precision: PrecisionConfig) -> TrainState:
@@ -77,7 +122,9 @@ def state_partition(model: Model, optimizer: Optimizer, precision: PrecisionConf
     return TrainState(
         step=scalar,
         params=specs,
-        opt_state=state_specs(optimizer, model.axes, params, model.rules),
+        opt_state=state_specs(
+            optimizer, model.trained(model.axes), model.trained(params), model.rules
+        ),
         loss_scale=LossScale(scalar, scalar),
         skipped=scalar,
     )
@@ -93,7 +140,7 @@ def state_shardings(
     shardings = shardings_of(state_partition(model, optimizer, precision), mesh)
     if not isinstance(optimizer, Offloaded):
         return shardings
-    params = abstract_params(model, precision)
+    params = model.trained(abstract_params(model, precision))
     return shardings._replace(opt_state=optimizer.placed(shardings.opt_state, params))
 
 
@@ -103,19 +150,19 @@ def create_state(
     precision: PrecisionConfig,
     seed: int,
     mesh: jax.sharding.Mesh,
+    params: Tree | None = None,
 ) -> TrainState:
     """The state of step 0; every device draws only its own part of the parameters.
 
     The same seed gives the same parameters on every mesh: threefry is partitionable, and keys go by
-    the parameter's place in the model.
+    the parameter's place in the model. Where `params` are given, as `placed_params` says, none are
+    drawn.
     """
     shardings = state_shardings(model, optimizer, precision, mesh)
-
-    def init_params() -> Tree:
-        return _cast(model.init(jax.random.key(seed)), precision)
-
-    params = jax.jit(init_params, compiler_options=quick_compilation())()
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    if params is None:
+        params = drawn_params(model, precision, seed)
+    init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
+    opt_state = init(model.trained(params))
     zero, scale = jnp.int32(0), LossScale.init(precision)
     rest = jax.device_put(
         (zero, scale, zero + 0), (shardings.step, shardings.loss_scale, shardings.skipped)
@@ -134,7 +181,7 @@ def abstract_state(
     shapes = TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),
         params=params,
-        opt_state=jax.eval_shape(optimizer.init, params),
+        opt_state=jax.eval_shape(optimizer.init, model.trained(params)),
         loss_scale=LossScale(
             jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
         ),

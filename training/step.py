@@ -11,7 +11,8 @@ import optax
 
 from parallel.precision import PrecisionConfig
 from parallel.zero import for_model, zeros_like_gradients
-from training.micro_batches import Batch, means, split, token_weights
+from training.micro_batches import Batch, Weights, loss_weights, means, split
+from training.naming import completed
 from training.optim import Optimizer, apply_update
 from training.pipelined import pipelined_loss_and_grads
 from training.state import Model, TrainState
@@ -28,7 +29,8 @@ def loss_and_grads(model: Model, precision: PrecisionConfig, micro_steps: int = 
       (master params, batch, key or None, loss scale) -> (sums, gradients). The sums are float32:
       `tokens`, and means over them (`loss` and what the model's loss reports: `nll`, `correct`,
       `z`). Gradients are of the mean, times the loss scale, divided as `rules.of_gradient`; in
-      compute dtype with one micro-step, else in `precision.accumulate`.
+      compute dtype with one micro-step, else in `precision.accumulate`. Only `model.trained`
+      parameters have one.
     """
     if model.pipeline is not None:  # micro-steps are the micro-batches of its schedule
         return pipelined_loss_and_grads(model, precision, micro_steps)
@@ -36,25 +38,27 @@ def loss_and_grads(model: Model, precision: PrecisionConfig, micro_steps: int = 
     def of_batch(
         params: Tree, batch: Batch, key: jax.Array | None, scale: jax.Array
     ) -> tuple[dict[str, jax.Array], Tree]:
-        leaves, build = for_model(params, model.axes, model.rules, precision.compute)
-        weights_BT, tokens = token_weights(batch, scale)
+        all_leaves, build = for_model(params, model.axes, model.rules, precision.compute)
+        leaves = model.trained(all_leaves)
+        weights, tokens = loss_weights(batch, scale)
 
         def loss(
-            leaves: Tree, batch: Batch, weights_BT: jax.Array, key: jax.Array | None
+            leaves: Tree, batch: Batch, weights: Weights, key: jax.Array | None
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return model.loss(build(leaves), batch, weights_BT, key)
+            return model.loss(build(completed(leaves, all_leaves)), batch, weights, key)
 
         grad = jax.value_and_grad(loss, has_aux=True)
         if micro_steps == 1:
-            (total, aux), grads = grad(leaves, batch, weights_BT, key)
+            (total, aux), grads = grad(leaves, batch, weights, key)
         else:
-            buffer = zeros_like_gradients(params, model.axes, model.rules, precision.accumulate)
-            parts = jax.tree.map(lambda a: split(a, micro_steps), (batch, weights_BT))
+            own, axes = model.trained(params), model.trained(model.axes)
+            buffer = zeros_like_gradients(own, axes, model.rules, precision.accumulate)
+            parts = jax.tree.map(lambda a: split(a, micro_steps), (batch, weights))
 
             def micro_step(carry: Tree, xs: Tree) -> tuple[Tree, None]:
-                (batch, weights_BT), index = xs
+                (batch, weights), index = xs
                 micro_key = None if key is None else jax.random.fold_in(key, index)
-                value, grads = grad(leaves, batch, weights_BT, micro_key)
+                value, grads = grad(leaves, batch, weights, micro_key)
                 grads = jax.tree.map(lambda g: g.astype(precision.accumulate), grads)
                 return jax.tree.map(jnp.add, carry, (value, grads)), None
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
 
 from config_border import load_config
 from experiment import read_experiment
 from parallel.mesh import make_mesh
+from training.batch_arrays import abstract_batch
 from training.optim import make_optimizer
 from training.schedules import make_schedule
 from training.state import abstract_state
@@ -22,6 +21,12 @@ PUBLISHED = {
     "llama3_70b": (70_553_706_496, {"tensor": 8}),
     "qwen3_0_6b": (596_049_920, {"data": 2, "fsdp": 2, "tensor": 2}),
     "gemma3_1b": (999_885_952, {"data": 2, "fsdp": 4}),
+    "mixtral_8x7b": (46_702_792_704, {"fsdp": 2, "expert": 4}),
+    "paligemma_like": (2_923_466_480, {"fsdp": 4, "tensor": 2}),
+    "bert_base": (109_514_298, {"fsdp": 2, "tensor": 4}),
+    "t5_small": (60_506_624, {"fsdp": 2, "tensor": 4}),
+    "transformer_2017_base": (63_045_632, {"data": 4, "fsdp": 2}),
+    "qwen3_30b_a3b": (30_532_122_624, {"expert": 8}),
 }
 
 
@@ -39,7 +44,8 @@ def test_published_shape(name):
         state = abstract_state(model, optimizer, experiment.precision, mesh)
         shape = experiment.model
         tables = 1 if shape.tied else 2
-        padding = (shape.padded_vocab - shape.vocab_size) * shape.embed_dim * tables
+        width = shape.embed_dim * tables + shape.head_bias
+        padding = (shape.padded_vocab - shape.vocab_size) * width
         assert sum(p.size for p in jax.tree.leaves(state.params)) - padding == count
 
         step = make_step(
@@ -50,12 +56,8 @@ def test_published_shape(name):
             seed=0,
             micro_steps=experiment.train.grad_accumulation,
         )
-        rows = jax.ShapeDtypeStruct(
-            (experiment.data.batch_size, experiment.data.sequence_length),
-            jnp.int32,
-            sharding=NamedSharding(mesh, model.rules.spec("batch seq")),
-        )
-        batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), rows)
+        job = experiment.job()
+        batch = abstract_batch(job.batch_arrays, job.batch_size, model.rules, mesh)
         new, metrics = jax.eval_shape(step, state, batch)
     assert metrics["loss"].shape == ()
     same = jax.tree.map(lambda a, b: a.sharding.spec == b.sharding.spec, state, new)

@@ -21,13 +21,13 @@ def text_folder(tmp_path):
 
 @pytest.fixture
 def open_texts(text_folder, tmp_path):
-    """`open_texts(vocab_size=..., seed=..., **config)` opens those files."""
+    """`open_texts(vocab_size=..., seed=..., objective=..., **config)` opens those files."""
     from data.config import DataConfig
     from data.dataset import open_data
 
-    def build(vocab_size=300, seed=0, **config):
+    def build(vocab_size=400, seed=0, objective=None, **config):
         wanted = {"sequence_length": 16, "batch_size": 8} | config
         config = DataConfig(source="text", path=str(text_folder / "*.py"), **wanted)
-        return open_data(config, vocab_size, tmp_path / "run", seed=seed)
+        return open_data(config, vocab_size, tmp_path / "run", seed=seed, objective=objective)
 
     return build

@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from data import sources
+from data import stdlib
 from data.config import DataConfig
 from data.dataset import open_data
-from data.sources import held_out, open_documents, score, training_texts
+from data.documents import held_out, score
+from data.sources import open_documents, training_texts
 
 
 def open_tiny(tmp_path, vocab_size=257, **config):
@@ -26,10 +27,10 @@ def documents_of(data, corpus):
 
 
 def test_standard_library(tmp_path, caplog):
-    sources.stdlib_files.cache_clear()
+    stdlib.stdlib_files.cache_clear()
     with caplog.at_level(logging.WARNING):
         data = open_tiny(tmp_path)
-    pinned = sources.platform.python_version() in sources.STDLIB_PINNED
+    pinned = stdlib.platform.python_version() in stdlib.STDLIB_PINNED
     assert pinned is (not caplog.records)
     summary = data.summary
     assert summary.tokens + summary.held_out_tokens > 5_000_000
@@ -38,7 +39,7 @@ def test_standard_library(tmp_path, caplog):
     assert summary.padding_waste < 0.001
     assert summary.fingerprint in repr(summary)
     assert f"{summary.tokens:,}" in str(summary)
-    root, files, _ = sources.stdlib_files()
+    root, files, _ = stdlib.stdlib_files()
     names = [file.relative_to(root).as_posix() for file in files]
     assert "argparse.py" in names
     assert not any({"test", "tests", "site-packages"} & set(name.split("/")) for name in names)
@@ -47,12 +48,12 @@ def test_standard_library(tmp_path, caplog):
 
 
 def test_unknown_standard_library_is_reported_once(monkeypatch, caplog):
-    monkeypatch.setattr(sources.platform, "python_version", lambda: "3.99.0")
-    sources.stdlib_files.cache_clear()
+    monkeypatch.setattr(stdlib.platform, "python_version", lambda: "3.99.0")
+    stdlib.stdlib_files.cache_clear()
     with caplog.at_level(logging.WARNING):
-        sources.stdlib_files()
+        stdlib.stdlib_files()
         list(zip(open_documents(DataConfig())(), range(3), strict=False))
-    sources.stdlib_files.cache_clear()
+    stdlib.stdlib_files.cache_clear()
     assert len(caplog.records) == 1
     assert "Python 3.99.0" in caplog.text
 
@@ -115,7 +116,7 @@ def test_bpe_never_sees_what_is_held_out(text_folder):
     config = DataConfig(source="text", path=str(text_folder / "*.py"))
     documents = open_documents(config)
     train = list(training_texts(documents))
-    everything = [text for _, text in documents()]
+    everything = [document.text for document in documents()]
     assert 0 < len(everything) - len(train) < 10
     assert set(train) < set(everything)
 

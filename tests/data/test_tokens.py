@@ -17,7 +17,7 @@ STRANGE = "caf\u00e9 \u4f60\u597d \U0001f600\r\n\ttab  two\x0b" + END + " \u0301
 @pytest.fixture(scope="module")
 def real_texts():
     documents = open_documents(DataConfig())()
-    return [text for _, text in itertools.islice(documents, 0, 200, 10)]
+    return [document.text for document in itertools.islice(documents, 0, 200, 10)]
 
 
 @pytest.fixture(scope="module")

@@ -22,28 +22,30 @@ jax.distributed.initialize(f"localhost:{port}", 2, process)
 from data.config import DataConfig
 from data.dataset import open_data
 from data.loader import device_batches, local_rows
+from data.objective import ObjectiveConfig
 from parallel.mesh import MeshConfig, make_mesh
 
-data = open_data(DataConfig(sequence_length=16, batch_size=8), 257, workdir)
-with data.train() as loader:
-    expected = [next(loader), next(loader)]
-spec = P(("data", "fsdp"))
-for sizes, rows in (
-    ({"data": 8}, range(4 * process, 4 * process + 4)),
-    ({"data": 2, "tensor": 4}, range(4 * process, 4 * process + 4)),
-    ({"data": 1, "tensor": 8}, range(8)),  # every process needs every row
-):
-    mesh = make_mesh(MeshConfig(**sizes))
-    here = local_rows(mesh, spec, 8)
-    assert here.tolist() == list(rows), (sizes, here)
-    with data.train(rows=here) as loader:
-        for batch, whole in zip(device_batches(loader, mesh, spec), expected):
-            assert len(batch) == 4
-            for name, array in batch.items():
-                assert array.shape == (8, 16)
-                assert len(array.addressable_shards) == 4
-                for shard in array.addressable_shards:
-                    np.testing.assert_array_equal(shard.data, whole[name][shard.index])
+config, spec = DataConfig(sequence_length=16, batch_size=8), P(("data", "fsdp"))
+for objective in (ObjectiveConfig("causal_lm"), ObjectiveConfig("masked_lm")):
+    data = open_data(config, 258, workdir, objective=objective)
+    with data.train() as loader:
+        expected = [next(loader), next(loader)]
+    for sizes, rows in (
+        ({"data": 8}, range(4 * process, 4 * process + 4)),
+        ({"data": 2, "tensor": 4}, range(4 * process, 4 * process + 4)),
+        ({"data": 1, "tensor": 8}, range(8)),  # every process needs every row
+    ):
+        mesh = make_mesh(MeshConfig(**sizes))
+        here = local_rows(mesh, spec, 8)
+        assert here.tolist() == list(rows), (sizes, here)
+        with data.train(rows=here) as loader:
+            for batch, whole in zip(device_batches(loader, mesh, spec), expected):
+                assert batch.keys() == whole.keys()
+                for name, array in batch.items():
+                    assert array.shape == (8, 16)
+                    assert len(array.addressable_shards) == 4
+                    for shard in array.addressable_shards:
+                        np.testing.assert_array_equal(shard.data, whole[name][shard.index])
 print("done")
 """
 

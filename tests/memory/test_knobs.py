@@ -56,6 +56,10 @@ KNOBS = {
         "training/test_bytes.py test_bytes_at_rest_and_of_gradients",
     ),
     "parallel.sequence": ("training/test_bytes.py test_sequence_parallel_pairs",),
+    "optimizer.frozen": (
+        "memory/test_shared_plan.py test_frozen_weights_have_no_gradients_and_no_moments",
+        "training/test_frozen.py test_nothing_is_propagated_below_what_is_trained",
+    ),
     "optimizer.offload": (
         f"{HERE} test_offloaded_state_and_tensors_of_bfloat16_leave_the_device",
         f"{HERE} test_on_cpu_nothing_leaves_the_device",

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from types import ModuleType
 
 import pytest
 
 from config_border import with_values
-from configs import tiny
+from configs import tiny, tiny_captions, tiny_digits, tiny_seq2seq
 from layouts import make_job
 from memory.collectives import Collective
 from memory.compiled import compile_step
 from memory.hlo import parse
 from memory.hlo_costs import Counts, count
 from memory.job import Job
-from memory.roofline import counted_time, step_time
+from memory.roofline import branch_shares, counted_time, step_time
 from memory.step_time import CEILINGS, StepTime
 from parallel.remat import DOTS
 from parallel.targets import parse_target
@@ -50,9 +51,34 @@ LAYOUTS = {
         "train.grad_accumulation": 2,
     },
 }
+# An image of 64 patches, wide enough that what is left out is little.
+IMAGES = {
+    "data.source": "images",
+    "data.path": "corpus/*.jsonl",
+    "data.sequence_length": 64,
+    "vision.image_size": 32,
+    "vision.patch_size": 4,
+    "model.max_length": 64,
+    "model.embed_dim": 128,
+    "model.mlp_dim": 256,
+    "model.head_dim": 16,
+}
+FAMILIES = {
+    "an encoder of a source": (
+        tiny_seq2seq,
+        {"mesh.fsdp": 2, "mesh.tensor": 4, "data.sequence_length": 64, "data.source_length": 128},
+    ),
+    "a ViT": (tiny_digits, IMAGES | {"mesh.fsdp": 2, "mesh.tensor": 4}),
+    "an image attended to, in stages": (
+        tiny_captions,
+        IMAGES
+        | {"vision.embed_dim": 128, "vision.mlp_dim": 256, "model.cross": "gated"}
+        | {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.pipe": 2, "pipeline.microbatches": 4},
+    ),
+}
 
 
-def job_of(layout: dict[str, object]) -> Job:
+def job_of(layout: dict[str, object], config: ModuleType = tiny) -> Job:
     fixed = {
         "data.batch_size": 16,
         "data.sequence_length": 128,
@@ -63,14 +89,15 @@ def job_of(layout: dict[str, object]) -> Job:
         "mesh.tensor": 1,
     }
     values = {f"config.{key}": value for key, value in (fixed | layout).items()}
-    return make_job(with_values(tiny.get_config(), {}), TARGET, values)
+    return make_job(with_values(config.get_config(), {}), TARGET, values)
 
 
 @cache
 def both(name: str) -> tuple[StepTime, StepTime]:
     """Predicted, and counted from the compiled program."""
-    job = job_of(LAYOUTS[name])
-    counts = count(parse(compile_step(job, TARGET).text), job.sizes)
+    config, layout = FAMILIES.get(name) or (tiny, LAYOUTS[name])
+    job = job_of(layout, config)
+    counts = count(parse(compile_step(job, TARGET).text), job.sizes, branch_shares(job, TARGET))
     return step_time(job, TARGET), counted_time(job, TARGET, counts)
 
 
@@ -84,7 +111,18 @@ def test_products_are_as_predicted(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_products_of_families_are_as_predicted(name):
+    predicted, counted = both(name)
+    # Scores that a causal mask hides are computed, as above, and beside them the rest is small.
+    assert counted.compute_seconds == pytest.approx(predicted.compute_seconds, rel=0.1)
+    # XLA:CPU joins less of what is no product into one pass over memory than is assumed, alike
+    # with and without stages.
+    assert 1.5 <= counted.memory_seconds / predicted.memory_seconds <= 2.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*LAYOUTS, *FAMILIES])
 def test_collectives_are_as_predicted_on_every_axis(name):
     predicted, counted = both(name)
     # Axes that the program joins in one collective count for both.

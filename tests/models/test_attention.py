@@ -13,6 +13,7 @@ from tests.attention import (
     PREFIX,
     SEGMENTS,
     B,
+    N,
     T,
     assert_near,
     inputs,
@@ -203,3 +204,47 @@ def test_an_implementation_that_cannot_run_is_refused(use_mesh, implementation, 
     with use_mesh(), pytest.raises(ValueError) as error:
         attention(*inputs()[:3], Mask(), rules=rules_for(), implementation=implementation)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2}], ids=str)
+def test_a_bias_is_added_to_the_scores(use_mesh, sizes):
+    """And gets the gradient of its scores, summed over the batch; heads divided with it."""
+    q, k, v, do = inputs(kv_heads=2)
+    bias = np.random.default_rng(2).normal(size=(N, T, T)).astype(np.float32)
+    mask, arrays = Mask(segments=True), MaskArrays(jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS))
+    with use_mesh(**sizes):
+        rules = rules_for(kv_heads=2, **sizes)
+        (heads,) = rules.spec("act_heads")
+        lay = lambda x, names: jax.device_put(x, rules.spec(names))
+        q, do = (lay(x, "batch seq act_heads head_dim") for x in (q, do))
+        k, v = (lay(x, "batch seq act_kv_heads head_dim") for x in (k, v))
+        bias = jax.device_put(bias, jax.P(heads, None, None))
+        arrays = MaskArrays(*(lay(x, "batch seq") for x in arrays[:2]))
+
+        @jax.jit
+        def run(q, k, v, bias, do):
+            core = lambda q, k, v, bias: attention(
+                q, k, v, mask, arrays, rules=rules, bias_NTS=bias
+            )
+            o, pull = jax.vjp(core, q, k, v, bias)
+            return o, *pull(do)
+
+        *got, dbias = run(q, k, v, bias, do)
+        assert jax.typeof(dbias).sharding.spec == jax.typeof(bias).sharding.spec
+        seen = visible(mask, jnp.arange(T), jnp.arange(T), MaskArrays(SEGMENTS, SEGMENTS))
+    q, k, v, do, seen, bias = map(np.asarray, (q, k, v, do, seen[:, 0], bias))
+    *want, dwant = reference(q, k, v, do, seen, bias=bias)
+    assert_near(got, want, 1e-6)  # as above
+    assert np.linalg.norm(dbias - dwant) <= 1e-6 * np.linalg.norm(dwant)
+
+
+@pytest.mark.parametrize("form", ["rows", "blocked", "cudnn"])
+def test_forms_that_add_no_bias_are_refused(use_mesh, form):
+    with use_mesh(), pytest.raises(ValueError, match=f"config.model.attention = '{form}': adds no"):
+        attention(
+            *inputs()[:3],
+            Mask(),
+            rules=rules_for(),
+            implementation=form,
+            bias_NTS=jnp.zeros((N, T, T)),
+        )

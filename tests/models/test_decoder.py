@@ -6,19 +6,19 @@ import math
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.config import DecoderConfig
+from models.config import ModelConfig
 from tests.drawn import decoder_of, drawn_params, put
 from tests.small import layout
+from training.micro_batches import counted
 
 T = 16
 # (row, first token, stop) of every document; what is left is padding.
 DOCUMENTS = [(0, 0, 7), (0, 7, 13), (1, 0, 16), (2, 0, 1), (2, 1, 15)]
 
-TINY = DecoderConfig(
+TINY = ModelConfig(
     vocab_size=100, layers=3, embed_dim=16, mlp_dim=24, heads=4, kv_heads=4, head_dim=6,
     attention="xla", max_length=32,
 )  # fmt: skip
@@ -210,8 +210,8 @@ def test_decoder_is_the_reference(config, reference):
         @jax.jit
         def run(params, batch):
             decoder = build(params)
-            weights_BT = (batch["segments"] > 0).astype(jnp.float32)
-            loss, _ = laid.model.loss(params, batch, weights_BT, None)
+            weights = counted(batch)
+            loss, _ = laid.model.loss(params, batch, weights, None)
             return decoder(batch), decoder.head().weight, loss
 
         hidden, head, loss = run(laid.params(params), put(laid, batch))

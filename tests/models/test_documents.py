@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.config import DecoderConfig
+from models.config import ModelConfig
 from tests.drawn import decoder_of, drawn_params, put
-from tests.small import DECODER, T, layout, numpy_batch
+from tests.small import DECODER, T, all_count, layout, numpy_batch
 
-TINY = DecoderConfig(
+TINY = ModelConfig(
     vocab_size=100, layers=2, embed_dim=16, mlp_dim=16, heads=2, kv_heads=1, head_dim=8,
     attention="xla",
 )  # fmt: skip
@@ -98,8 +98,8 @@ def test_padded_vocabulary_takes_no_probability_and_no_gradient(tied):
     with layout(config=config, rows=2) as laid:
         batch = numpy_batch(rows=2)
         batch = put(laid, batch | {k: batch[k] % config.vocab_size for k in ("tokens", "targets")})
-        weights_BT = jnp.ones_like(batch["tokens"], jnp.float32)
-        loss = lambda params: laid.model.loss(params, batch, weights_BT, None)[0]
+        weights = all_count(batch["tokens"].shape)
+        loss = lambda params: laid.model.loss(params, batch, weights, None)[0]
         run = jax.jit(jax.value_and_grad(loss))
         initial = drawn_params(laid, config)
         value, grads = run(laid.params(initial))

@@ -1,4 +1,4 @@
-"""Counted operations: against the parameters themselves and against the traced program."""
+"""Counted operations against those of the traced program."""
 
 from __future__ import annotations
 
@@ -10,43 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.config import DecoderConfig
-from models.flops import flops_per_token, matrix_parameters
-from models.masks import Mask, visible
+from models.config import ModelConfig
+from models.flops import flops_before_stack, flops_per_token
+from models.masks import Mask, MaskArrays, visible
+from tests.families import FAMILIES, Family
 from tests.jaxpr import inside
-from tests.small import DECODER, layout
+from tests.small import all_count, layout, numpy_batch
 
-TINY = DecoderConfig(
+T = 12
+TINY = ModelConfig(
     vocab_size=256, layers=4, embed_dim=16, mlp_dim=40, heads=4, kv_heads=2, head_dim=6,
     attention="xla", window=5, pattern=("local", "local", "global"),
 )  # fmt: skip
-T = 12
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        DECODER,
-        TINY,
-        replace(TINY, tied=False, vocab_size=200),
-        replace(TINY, gated=False, qkv_bias=True, mlp_bias=True, norm="layer", positions="learned"),
-        replace(TINY, norm_position="sandwich", qk_norm=True, kv_heads=1),
-    ],
-)
-def test_matrix_parameters_are_those_that_tokens_are_multiplied_with(config):
-    with layout(config=config) as laid:
-        shapes = jax.eval_shape(laid.model.init, jax.random.key(0))
-        count = 0
-        for (path, shape), names in zip(
-            jax.tree.leaves_with_path(shapes), jax.tree.leaves(laid.model.axes), strict=True
-        ):
-            name = path[-1].key
-            lookup = name == "position" or (name == "embedding" and not config.tied)
-            if "->" in names and not lookup:
-                count += shape.size * config.vocab_size // config.padded_vocab ** ("vocab" in names)
-                if "vocab" not in names:
-                    count += shape.size - shape.size * config.vocab_size
-    assert matrix_parameters(config) == count
+CASES = {
+    "decoder": Family(TINY, batch=lambda seed: numpy_batch(seed, rows=2, length=T)),
+    "not gated": Family(
+        replace(TINY, gated=False), batch=lambda seed: numpy_batch(seed, rows=2, length=T)
+    ),
+} | {
+    name: FAMILIES[name]
+    for name in (
+        *("encoder", "encoder, classes", "encoder, tokens and classes", "2017", "t5"),
+        *("vision", "captioning", "captioning, gated"),
+    )
+}
 
 
 def products(jaxpr) -> int:
@@ -62,27 +49,48 @@ def products(jaxpr) -> int:
     return total
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_operations_are_those_of_the_traced_program(gated):
-    """The unblocked attention computes hidden keys too: they are taken off by counting the mask."""
-    config = replace(TINY, gated=gated)
-    with layout(config=config, rows=2, length=T) as laid:
-        weights_BT = jnp.ones((2, T), out_sharding=laid.model.rules.spec("batch seq"))
-        batch = laid.batch(rows=2, length=T)
-        params = laid.params(
-            jax.tree.map(
-                lambda s: np.zeros(s.shape, np.float32),
-                jax.eval_shape(laid.model.init, jax.random.key(0)),
-            )
-        )
-        grad = jax.grad(lambda p: laid.model.loss(p, batch, weights_BT, None)[0])
-        counted = products(jax.make_jaxpr(grad)(params).jaxpr) / (2 * T)
-    each = 12 * config.heads * config.head_dim  # forward and backward, for a key
-    seen = 0.0
+def hidden_keys(config: ModelConfig, length: int) -> float:
+    """Keys that self-attention hides from the queries of a row, in all layers: the unblocked form
+    computes them too.
+    """
+    stream, prefix = length + config.image_tokens, config.image_tokens > 0
+    index, hidden = jnp.arange(stream), 0
     for layer in range(config.layers):
-        window = 5 if layer % 3 < 2 else None
-        mask = visible(Mask(window=window), jnp.arange(T), jnp.arange(T), ())
-        seen += int(np.sum(np.asarray(mask))) / T
-    assert counted - each * config.layers * T + each * seen == pytest.approx(
-        flops_per_token(config, T), rel=1e-12
-    )
+        local = config.pattern[layer % len(config.pattern)] == "local"
+        mask = Mask(config.causal, config.window if local else None, prefix=prefix)
+        seen = visible(mask, index, index, MaskArrays(prefix_B=jnp.full(1, config.image_tokens)))
+        hidden += stream**2 - int(np.sum(np.broadcast_to(seen, (1, 1, stream, stream))))
+    return hidden
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operations_are_those_of_the_traced_program(name):
+    family = CASES[name]
+    config = replace(family.config, vocab_size=256)  # without padding
+    arrays = family.batch(0)
+    first = arrays["patches" if config.family == "vision" else "tokens"]
+    rows, length = first.shape[:2]
+    source_length = arrays["source_tokens"].shape[1] if "source_tokens" in arrays else 0
+    if config.family == "vision_language" and config.cross != "none":
+        source_length = config.vision.patches
+    laid_out = layout(config=config, objective=family.objective, rows=rows, length=length)
+    with laid_out as laid:
+        weights = all_count((rows, length), out_sharding=laid.model.rules.spec("batch seq"))
+        batch = laid.placed(arrays)
+        shapes = jax.eval_shape(laid.model.init, jax.random.key(0))
+        params = laid.params(jax.tree.map(lambda s: np.zeros(s.shape, np.float32), shapes))
+        grad = jax.grad(lambda p: laid.model.loss(p, batch, weights, None)[0])
+        counted = products(jax.make_jaxpr(grad)(params).jaxpr) / (rows * length)
+    each = 12 * config.heads * config.head_dim / length  # forward and backward, for a key
+    want = flops_per_token(config, length, source_length)
+    assert counted - each * hidden_keys(config, length) == pytest.approx(want, rel=1e-12)
+
+
+def test_what_stands_before_the_stack_is_a_good_part_of_it():
+    """So that the test above would see it left out."""
+    for name in ("2017", "t5", "captioning", "captioning, gated"):
+        config = FAMILIES[name].config
+        length = config.vision.patches if config.family == "vision_language" else 24
+        before = flops_before_stack(config, length) / 16
+        assert 0.1 < before / flops_per_token(config, 16, length) < 0.7, name
+    assert flops_before_stack(FAMILIES["decoder"].config, 0) == 0

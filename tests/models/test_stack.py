@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.config import DecoderConfig
+from models.config import ModelConfig
 from models.layers import normal, weight
 from models.stack import Stack
 from parallel.mesh import MeshConfig
@@ -177,7 +177,7 @@ def test_remat_outside_of_loops_is_kept_apart_by_jax(use_mesh):
 
 def test_a_decoder_of_every_pattern_and_unroll_is_the_same():
     """Layers whose kinds are equal are equal however they are grouped."""
-    base = DecoderConfig(
+    base = ModelConfig(
         vocab_size=100, layers=5, embed_dim=16, mlp_dim=16, heads=2, kv_heads=1, head_dim=8,
         attention="xla", dropout=0.1,
     )  # fmt: skip

@@ -58,10 +58,6 @@ def test_a_stage_is_a_block_of_neighbours():
             "config.mesh.context = -1: context parallelism is not built yet; only 1 is right",
         ),
         (
-            {"expert": 4},
-            "config.mesh.expert = 4: expert parallelism is not built yet; only 1 is right",
-        ),
-        (
             {"data": -1, "fsdp": -1},
             "config.mesh.fsdp = -1: config.mesh.data is -1 already; only one axis may be",
         ),

@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import get_mesh
 
-from models.config import DecoderConfig
+from models.config import ModelConfig
 from parallel.precision import LossScale, PrecisionConfig
 from tests.drawn import drawn_params
 from tests.small import layout
@@ -19,7 +19,7 @@ from tests.training.line import BAD, D, line, tokens
 from training.state import TrainState, abstract_state, create_state
 from training.step import make_step
 
-TINY = DecoderConfig(
+TINY = ModelConfig(
     vocab_size=250, layers=2, embed_dim=32, mlp_dim=32, heads=2, kv_heads=1, head_dim=8,
     attention="xla",
 )  # fmt: skip

@@ -14,21 +14,36 @@ from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
 
 from models.attention import IMPLEMENTATIONS
-from models.block import Block, Rows
-from models.config import DecoderConfig
+from models.block import Block
+from models.config import ModelConfig
+from models.rows import Memory, Rows
 from parallel.mesh import MeshConfig
-from parallel.remat import CORE, DOTS, PRESETS, TENSORS, RematConfig, remat, tag
+from parallel.remat import (
+    CORE,
+    CROSS_CORE,
+    CROSS_DOTS,
+    CROSS_TENSORS,
+    DOTS,
+    NAMES,
+    PRESETS,
+    TENSORS,
+    RematConfig,
+    remat,
+    tag,
+)
 from parallel.rules import ParallelConfig, make_rules
 from tests.drawn import decoder_of, drawn_params, put
 from tests.jaxpr import names
 from tests.small import layout, numpy_batch
 
 L, B, T = 4, 2, 32
-TINY = DecoderConfig(
+TINY = ModelConfig(
     vocab_size=250, layers=L, embed_dim=16, mlp_dim=64, heads=4, kv_heads=2, head_dim=8,
     attention="xla", qk_norm=True, dropout=0.1,
 )  # fmt: skip
-ONLY_UNBLOCKED, ONLY_BLOCKED = {"attention_probs"}, {"attention_lse"}
+CROSS = replace(TINY, family="encoder_decoder", encoder_layers=1, cross="plain")
+ONLY_UNBLOCKED = {"attention_probs", "cross_probs"}
+ONLY_BLOCKED = {"attention_lse", "cross_lse"}
 FORMS = sorted(set(IMPLEMENTATIONS) - {"auto", "cudnn"})
 
 
@@ -106,19 +121,24 @@ def one_block(use_mesh, config, then):
             np.random.default_rng(0).normal(size=(B, T, config.embed_dim)).astype(np.float32),
             rules.spec("batch seq act_embed"),
         )
-        call = lambda params, x: nnx.merge(graph, params)(x, rows)
+        if config.cross != "none":  # over itself
+            rows = rows._replace(memory=Memory(x_BTD, rows.segments))
+        call = lambda params, x: nnx.merge(graph, params)(x, rows)[0]
         return then(call, nnx.to_pure_dict(state), x_BTD)
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    ("base", "gated"), [(TINY, True), (TINY, False), (CROSS, True)], ids=["True", "False", "cross"]
+)
 @pytest.mark.parametrize("form", FORMS)
-def test_every_name_is_there(use_mesh, form, gated):
+def test_every_name_is_there(use_mesh, form, base, gated):
     """In the program of the gradient: some are given inside of custom forward passes."""
-    config = replace(TINY, attention=form, gated=gated)
+    config = replace(base, attention=form, gated=gated)
     grad = lambda f, *args: names(jax.make_jaxpr(jax.grad(lambda *a: jnp.sum(f(*a))))(*args).jaxpr)
     missing = ONLY_BLOCKED if form == "xla" else ONLY_UNBLOCKED
     missing = missing if gated else missing | {"mlp_gate"}
-    assert one_block(use_mesh, config, grad) == set(TENSORS) - missing
+    there = {*TENSORS, *CROSS_TENSORS} if base is CROSS else set(TENSORS)
+    assert one_block(use_mesh, config, grad) == there - missing
 
 
 def test_an_unknown_name_is_an_error():
@@ -126,10 +146,11 @@ def test_an_unknown_name_is_an_error():
         tag(jnp.ones(1), "atention_out")
 
 
+@pytest.mark.parametrize("base", [TINY, CROSS], ids=["", "cross"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("policy", ["full", "dots", "attention"])
-def test_saved_residuals_are_the_named_ones(use_mesh, capsys, form, policy):
-    config = replace(TINY, attention=form, norm_position="sandwich")
+def test_saved_residuals_are_the_named_ones(use_mesh, capsys, form, policy, base):
+    config = replace(base, attention=form, norm_position="sandwich")
 
     def show(call, params, x_BTD):
         block = remat(call, RematConfig(policy=policy))
@@ -140,7 +161,8 @@ def test_saved_residuals_are_the_named_ones(use_mesh, capsys, form, policy):
     saved = [line.split("'")[1] for line in lines if " named '" in line]
     wanted = PRESETS[policy]
     assert wanted is not None
-    there = set(wanted) - (ONLY_BLOCKED if form == "xla" else ONLY_UNBLOCKED)
+    there = set(wanted) & {*TENSORS, *(CROSS_TENSORS if base is CROSS else ())}
+    there -= ONLY_BLOCKED if form == "xla" else ONLY_UNBLOCKED
     assert sorted(saved) == sorted(there)  # each once
     others = [line for line in lines if " named '" not in line]
     # Else nothing that was computed but the mask's rows: arguments, and constants.
@@ -150,7 +172,8 @@ def test_saved_residuals_are_the_named_ones(use_mesh, capsys, form, policy):
 def test_presets_are_consistent():
     assert set(DOTS) <= set(TENSORS)
     assert set(CORE) <= set(TENSORS)
-    assert set(PRESETS["attention"] or ()) == set(TENSORS) - set(CORE)
+    assert set(CROSS_DOTS) | set(CROSS_CORE) <= set(CROSS_TENSORS)
+    assert set(PRESETS["attention"] or ()) == set(NAMES) - {*CORE, *CROSS_CORE}
 
 
 def test_offloaded_tensors_are_in_host_memory(use_mesh):
@@ -192,7 +215,7 @@ def test_offloaded_tensors_are_in_host_memory(use_mesh):
         ),
         (
             {"policy": "custom", "save": ("querry",)},
-            f"config.remat.save names 'querry': no such tensor; there are {', '.join(TENSORS)}",
+            f"config.remat.save names 'querry': no such tensor; there are {', '.join(NAMES)}",
         ),
         (
             {"policy": "custom", "save": ("query", "key"), "offload": ("key",)},

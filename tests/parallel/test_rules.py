@@ -126,8 +126,15 @@ def test_fewer_kv_heads_than_parts_are_replicated(kv_heads, parts):
         (
             {"rules": {"batch": ["data"]}},
             (
-                "config.parallel.rules.batch = ['data']: the batch is divided over data and fsdp "
-                "at least; name both"
+                "config.parallel.rules.batch = ['data']: the batch is divided over data, fsdp and "
+                "expert at least; name all three, expert last"
+            ),
+        ),
+        (
+            {"rules": {"act_experts": []}},
+            (
+                "config.parallel.rules.act_experts = []: the exchange of tokens between experts "
+                "fixes it; leave it out"
             ),
         ),
         (

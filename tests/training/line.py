@@ -10,6 +10,7 @@ import numpy as np
 
 from parallel.mesh import MeshConfig
 from parallel.rules import ParallelConfig, make_rules
+from training.micro_batches import Weights
 from training.state import Model
 
 D = 8
@@ -23,13 +24,13 @@ def line(slope: float = 1.0, start: float = 1.0) -> Model:
     init = lambda key: {"w": jnp.full(D, start, jnp.float32, out_sharding=spec)}
 
     def loss(
-        params: Any, batch: dict[str, jax.Array], weights_BT: jax.Array, key: Any
+        params: Any, batch: dict[str, jax.Array], weights: Weights, key: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         w_D = params["w"].astype(jnp.float32)
         features_BTD = batch["tokens"][..., None] == jnp.arange(D)[None, None]
         y_BT = jnp.sum(features_BTD.astype(jnp.float32) * slope * w_D[None, None], -1)
         y_BT = y_BT * jnp.where(batch["targets"] == BAD, jnp.inf, 1.0)
-        total = jnp.sum(weights_BT * y_BT)
+        total = jnp.sum(weights.tokens_BT * y_BT)
         return total, {"nll_sum": jax.lax.stop_gradient(total)}
 
     return Model(init, {"w": "norm"}, loss, rules)

@@ -9,20 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from models.config import DecoderConfig
+from models.config import ModelConfig
+from models.encoder_heads import EncoderWithHeads
 from parallel.precision import PrecisionConfig
 from parallel.remat import RematConfig
 from tests.drawn import decoder_of, drawn_params, put
+from tests.families import FAMILIES
 from tests.small import layout, numpy_batch
 from tests.training.line import line, tokens
-from training.evaluation import EvalConfig, evaluate, make_eval_step
+from training.causal_lm import causal_lm
+from training.evaluation import EvalConfig, evaluate, make_eval_step, results
 from training.losses import LossConfig
-from training.objectives import causal_lm
 from training.step import loss_and_grads
 
 FLOAT32 = PrecisionConfig()
-TINY = DecoderConfig(
+TINY = ModelConfig(
     vocab_size=250, layers=2, embed_dim=16, mlp_dim=16, heads=2, kv_heads=1, head_dim=8,
     attention="xla",
 )  # fmt: skip
@@ -98,6 +101,66 @@ def test_bytes_are_those_of_the_targets_that_count(use_mesh):
         got = eval_step(model.init(jax.random.key(0)), batch)
     assert float(got["bytes"]) == 200
     assert float(got["tokens"]) == 2
+
+
+TASK_SUMS = [
+    {"a_nll": 6.0, "a_correct": 3.0, "b_nll": 1.0, "b_correct": 4.0, "rows": 4.0},
+    {"a_nll": 3.0, "a_correct": 1.0, "b_nll": 2.0, "b_correct": 0.0, "rows": 2.0},
+]
+TASK_RESULTS = {
+    "a_loss": 9 / 6,
+    "a_accuracy": 4 / 6,
+    "b_loss": 3 / 6,
+    "b_accuracy": 4 / 6,
+    "rows": 6,
+}
+
+
+def test_tasks_by_hand():
+    """Means over rows; without tokens the loss is the sum of the tasks', with them it is theirs."""
+    got = evaluate(lambda _, batch: TASK_SUMS[batch], None, [0, 1])
+    assert got == pytest.approx({"loss": 2.0} | TASK_RESULTS)
+    tokens = {"nll": 10.0, "correct": 2.0, "tokens": 5.0, "bytes": 5.0}
+    got = evaluate(lambda _, batch: TASK_SUMS[batch] | tokens, None, [0, 1])
+    assert got["loss"] == pytest.approx(2.0)
+    assert got["accuracy"] == pytest.approx(0.4)
+    assert {name: got[name] for name in TASK_RESULTS} == pytest.approx(TASK_RESULTS)
+
+
+@pytest.mark.parametrize("name", ["encoder, classes", "encoder, tokens and classes"])
+def test_tasks_are_means_over_rows_that_count(name):
+    """By logits in float64; an empty row, which fills a batch up, counts for nothing."""
+    family = FAMILIES[name]
+    config, batch = replace(family.config, layers=1), family.batch(0)
+    for key in ("segments", "counted"):
+        batch[key][-1] = 0
+    with layout(config=config, objective=family.objective) as laid:
+        params = laid.params(drawn_params(laid, config))
+        eval_step = jax.jit(make_eval_step(laid.model, FLOAT32, np.ones(250, int)))
+        got = evaluate(eval_step, params, [laid.placed(batch)])
+        make = lambda: EncoderWithHeads(config, laid.model.rules, RematConfig(), nnx.Rngs(params=0))
+        graph, _ = nnx.split(nnx.eval_shape(make))
+
+        def logits(params, batch):
+            encoder = nnx.merge(graph, params)
+            return encoder.task_logits(encoder.run_blocks(encoder.embed(batch), batch))
+
+        of_tasks = jax.jit(logits)(params, laid.placed(batch))
+    total = 0.0
+    for task, logits_BC in of_tasks.items():
+        z = np.asarray(logits_BC, np.float64)[:-1]
+        label = batch[f"label_{task}"][:-1]
+        nll = np.log(np.exp(z).sum(-1)) - z[np.arange(len(z)), label]
+        total += nll.mean()
+        assert got[f"{task}_loss"] == pytest.approx(nll.mean(), rel=1e-5)
+        assert got[f"{task}_accuracy"] == pytest.approx((z.argmax(-1) == label).mean())
+    assert got["rows"] == 7
+    if config.token_head:
+        assert got["tokens"] == batch["counted"].sum()
+    else:
+        assert got["loss"] == pytest.approx(total, rel=1e-5)
+        assert "perplexity" not in got
+    assert set(results(config)) <= got.keys()
 
 
 @pytest.mark.parametrize("sums", [[], [{"nll": 0.0, "correct": 0.0, "tokens": 0.0, "bytes": 0.0}]])

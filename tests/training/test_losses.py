@@ -27,15 +27,22 @@ def sample():
     return x_BTD, table_VD, targets_BT, weights_BT
 
 
+def sample_bias():
+    return np.random.default_rng(1).normal(size=V).astype(np.float32)
+
+
 @functools.cache
-def oracle(softcap=None, z_loss=0.0):
+def oracle(softcap=None, z_loss=0.0, biased=False):
     """Loss, nll of each token, and gradients, with all logits, in float64."""
     with jax.enable_x64(True):
         x, table, targets, weights = sample()
         x, table, weights = (jnp.asarray(a, jnp.float64) for a in (x, table, weights))
+        bias = (jnp.asarray(sample_bias(), jnp.float64),) if biased else ()
 
-        def loss(x, table):
+        def loss(x, table, *bias):
             logits = jnp.einsum("btd,vd->btv", x, table)[..., :REAL]
+            for b in bias:
+                logits += b[None, None, :REAL]
             if softcap is not None:
                 logits = softcap * jnp.tanh(logits / softcap)
             nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
@@ -43,19 +50,23 @@ def oracle(softcap=None, z_loss=0.0):
             hits = jnp.sum(weights * (jnp.argmax(logits, -1) == targets))
             return jnp.sum(weights * (nll + z_loss * lse**2)), (nll, hits)
 
-        (value, (nll, hits)), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, table)
+        of = (0, 1, 2) if biased else (0, 1)
+        (value, (nll, hits)), grads = jax.value_and_grad(loss, of, has_aux=True)(x, table, *bias)
         return float(value), np.asarray(nll), float(hits), [np.asarray(g) for g in grads]
 
 
-def ours(rules, axes=VD, dtype=jnp.float32, chunk=5, **options):
+def ours(rules, axes=VD, dtype=jnp.float32, chunk=5, biased=False, **options):
     """Loss, aux and gradients of the sharded head on the current mesh."""
     x, table, targets, weights = sample()
     table = table if axes == VD else table.T
     x = jax.device_put(x.astype(dtype), rules.spec("batch seq act_embed"))
     table = jax.device_put(table.astype(dtype), rules.in_model(axes, table.shape))
     targets, weights = (jax.device_put(a, rules.spec("batch seq")) for a in (targets, weights))
+    args = [x, table]
+    if biased:
+        args.append(jax.device_put(sample_bias().astype(dtype), rules.in_model("vocab", (V,))))
 
-    def loss(x, table):
+    def loss(x, table, bias=None):
         return cross_entropy(
             x,
             table,
@@ -64,12 +75,14 @@ def ours(rules, axes=VD, dtype=jnp.float32, chunk=5, **options):
             rules=rules,
             vocab_size=REAL,
             table_axes=axes,
+            bias=bias,
             chunk=chunk,
             **options,
         )
 
-    (value, aux), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, table)
-    assert jax.tree.map(jax.typeof, grads) == (jax.typeof(x), jax.typeof(table))
+    of = tuple(range(len(args)))
+    (value, aux), grads = jax.jit(jax.value_and_grad(loss, of, has_aux=True))(*args)
+    assert jax.tree.map(jax.typeof, grads) == tuple(map(jax.typeof, args))
     return value, aux, grads
 
 
@@ -79,8 +92,8 @@ def relative(got, want):
 
 def check(result, want, loss_tolerance=1e-6, gradient_tolerance=1e-5):
     """float32 sums of at most a few hundred terms: 1e-6; gradients to 1e-5 of their norm."""
-    value, aux, (d_x, d_table) = jax.tree.map(np.asarray, result)
-    want_value, want_nll, want_hits, (want_d_x, want_d_table) = want
+    value, aux, (d_x, d_table, *d_bias) = jax.tree.map(np.asarray, result)
+    want_value, want_nll, want_hits, (want_d_x, want_d_table, *want_d_bias) = want
     assert float(value) == pytest.approx(want_value, rel=loss_tolerance)
     assert float(aux["nll_sum"]) == pytest.approx(
         np.sum(sample()[3] * want_nll), rel=loss_tolerance
@@ -90,6 +103,9 @@ def check(result, want, loss_tolerance=1e-6, gradient_tolerance=1e-5):
         d_table = d_table.T
     assert relative(d_table, want_d_table) < gradient_tolerance
     assert not np.any(d_table[REAL:]), "padded rows get no gradient"
+    for got, wanted in zip(d_bias, want_d_bias, strict=True):
+        assert relative(got, wanted) < gradient_tolerance
+        assert not np.any(got[REAL:])
     return aux, want_hits
 
 
@@ -114,6 +130,18 @@ def test_loss_and_gradients_equal_log_softmax_on_every_layout(use_mesh, sizes, z
         result = ours(rules_for(zero, **sizes), **FULL)
     aux, want_hits = check(result, oracle(**FULL))
     assert float(aux["correct_sum"]) == pytest.approx(want_hits, rel=1e-6)
+
+
+@pytest.mark.parametrize(("sizes", "zero"), LAYOUTS)
+def test_a_bias_of_the_vocabulary_on_every_layout(use_mesh, sizes, zero):
+    with use_mesh(**sizes):
+        rules = rules_for(zero, **sizes)
+        if sizes.get("tensor", 1) > 1:
+            assert rules.in_model("vocab", (V,)) != P(), "else this test divides nothing"
+        result = ours(rules, biased=True, **FULL)
+    aux, want_hits = check(result, oracle(biased=True, **FULL))
+    assert float(aux["correct_sum"]) == pytest.approx(want_hits, rel=1e-6)
+    assert abs(oracle(biased=True, **FULL)[0] - oracle(**FULL)[0]) > 0.01, "else it says little"
 
 
 @pytest.mark.parametrize("axes", [VD, DV])

@@ -29,7 +29,7 @@ from parallel.schedule_slots import slots
 from parallel.targets import parse_target
 from tests.small import DECODER, initial_params, layout
 from tests.training.stages import assert_same
-from training.objectives import causal_lm
+from training.causal_lm import causal_lm
 from training.step import loss_and_grads
 
 GROWTH = 1.02

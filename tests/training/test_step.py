@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import get_mesh
 
-from models.config import DecoderConfig
+from models.config import ModelConfig
 from parallel.precision import PrecisionConfig
 from tests.drawn import drawn_params, put
 from tests.small import layout, numpy_batch
@@ -20,7 +20,7 @@ from training.state import create_state
 from training.step import loss_and_grads, make_step
 
 FLOAT32 = PrecisionConfig()
-TINY = DecoderConfig(
+TINY = ModelConfig(
     vocab_size=250, layers=2, embed_dim=16, mlp_dim=16, heads=2, kv_heads=1, head_dim=8,
     attention="xla",
 )  # fmt: skip
@@ -131,9 +131,9 @@ def test_dropout_goes_by_seed_and_step_and_not_by_what_was_skipped(use_mesh):
     """The key of a step is a function of (seed, step) alone."""
     keys = []
 
-    def loss(params, batch, weights_BT, key):
+    def loss(params, batch, weights, key):
         jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key))
-        total = jnp.sum(weights_BT) * jnp.sum(params["w"])
+        total = jnp.sum(weights.tokens_BT) * jnp.sum(params["w"])
         return total, {"nll_sum": jax.lax.stop_gradient(total)}
 
     with use_mesh():

@@ -1,0 +1,72 @@
+"""What sections of a config may not be together: `experiment.read_experiment`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from models.config import ModelConfig
+from models.part_costs import part_costs
+from parallel.pipeline import PipelineConfig
+
+if TYPE_CHECKING:
+    from experiment import Experiment
+
+
+def check_images(length: int, model: ModelConfig) -> None:
+    """Refuses rows whose images have no place in them.
+
+    Raises:
+      ValueError: naming the key, its value and what would be right.
+    """
+    patches, longest = model.vision.patches, model.max_length
+    if model.family == "vision" and length != patches:
+        raise ValueError(
+            f"config.data.sequence_length = {length}: rows of config.model.family = 'vision' are "
+            f"the {patches} patches of an image; set it to {patches}"
+        )
+    if length + model.image_tokens > longest:
+        raise ValueError(
+            f"config.data.sequence_length = {length} and the {patches} patches of an image before "
+            f"it are more than config.model.max_length = {longest}; raise max_length"
+        )
+
+
+def check_pipeline(experiment: Experiment) -> None:
+    """Refuses stages that the schedule, the layers or other sections do not allow.
+
+    Raises:
+      ValueError: naming the key, its value and what would be right.
+    """
+    accumulation = experiment.train.grad_accumulation
+    if accumulation != 1:
+        raise ValueError(
+            f"config.train.grad_accumulation = {accumulation}: with config.mesh.pipe = "
+            f"{experiment.mesh.pipe} config.pipeline.microbatches divides a batch; set it to 1"
+        )
+    if experiment.optimizer.offload:  # it loops over layers, which are divided over stages
+        raise ValueError(
+            f"config.optimizer.offload = True: not built for config.mesh.pipe = "
+            f"{experiment.mesh.pipe}; set it to False, or the pipe axis to 1"
+        )
+    if experiment.remat.offload:  # rings are on the device
+        raise ValueError(
+            f"config.remat.offload = {list(experiment.remat.offload)}: not built for "
+            f"config.mesh.pipe = {experiment.mesh.pipe}; name them in config.remat.save, or set "
+            f"the pipe axis to 1"
+        )
+
+
+def divided(experiment: Experiment) -> PipelineConfig:
+    """The pipeline with the layers of every chunk.
+
+    Raises:
+      ValueError: of `PipelineConfig.division`.
+    """
+    model, pipeline = experiment.model, experiment.pipeline
+    costs = part_costs(
+        model, experiment.data.sequence_length, experiment.remat, experiment.source_length
+    )
+    schedule = pipeline.table(experiment.mesh.pipe)
+    division = pipeline.division(schedule, model.layers, len(model.pattern), costs)
+    return replace(pipeline, layers=division.layers)
