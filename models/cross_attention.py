@@ -45,6 +45,10 @@ class CrossAttention(Projections):
         if segments_BS is not None:
             mask, arrays = Mask(causal=False, segments=True), MaskArrays(rows.segments, segments_BS)
         (q_BTNH,) = self.project(x_BTD, ("query",))
+        if rows.cache is not None:
+            seen_BS = None if segments_BS is None else segments_BS > 0  # a row has one source
+            project = lambda: self.project(rows.memory.features_BSD, ("key", "value"))
+            return self._out(rows.cache.attend_memory(q_BTNH, project, seen_BS))
         k_BSKH, v_BSKH = self.project(rows.memory.features_BSD, ("key", "value"))
         q_BTNH = tag(q_BTNH, "cross_query")
         k_BSKH, v_BSKH = tag(k_BSKH, "cross_key"), tag(v_BSKH, "cross_value")
@@ -64,10 +68,16 @@ class CrossAttention(Projections):
             dropout_key=probs_key,
             sublayer="cross",
         )
+        return dropout(
+            self._out(out_BTNH), config.dropout, out_key, rules, "batch residual_seq act_embed"
+        )
+
+    def _out(self, out_BTNH: jax.Array) -> jax.Array:
+        """What is added to the residual stream, of what the heads read."""
         y_BTD = tag(self.merge(out_BTNH), "cross_projection")
         if self.gate is not None:
-            y_BTD = y_BTD * jnp.tanh(gathered(self.gate, rules))[None, None]
-        return dropout(y_BTD, config.dropout, out_key, rules, "batch residual_seq act_embed")
+            y_BTD = y_BTD * jnp.tanh(gathered(self.gate, self.rules))[None, None]
+        return y_BTD
 
 
 def cross_attention_weights(config: ModelConfig) -> list[Weight]:

@@ -33,23 +33,35 @@ class RelativePositions(nnx.Module):
 
         Float32, for it is the sum over layers of its gradients that goes back into the table.
         """
-        buckets_TT = jnp.asarray(buckets_of(self.config, length))
+        index = np.arange(length)
+        buckets_TT = jnp.asarray(buckets_of(self.config, index[None, :] - index[:, None]))
         (heads,) = self.rules.spec("act_heads")
-        table = gathered(self.table, self.rules).astype(jnp.float32)
-        bias_TTN = table.at[buckets_TT].get(out_sharding=jax.P(None, None, heads))
+        bias_TTN = self._table().at[buckets_TT].get(out_sharding=jax.P(None, None, heads))
         return jnp.transpose(bias_TTN, (2, 0, 1))
 
+    def bias_of(self, q_time_BT: jax.Array, slots: int) -> jax.Array:
+        """The same for queries at other places of each row and keys 0 to `slots`, of which those
+        after the query are hidden: float32 [B, N, T, S].
+        """
+        batch, heads = self.rules.spec("batch act_heads")
+        back = jnp.asarray(buckets_of(self.config, -np.arange(slots)))
+        distance_BTS = q_time_BT[:, :, None] - jnp.arange(slots)[None, None]
+        spec = jax.P(batch, None, None)
+        buckets_BTS = back.at[jnp.clip(distance_BTS, 0, slots - 1)].get(out_sharding=spec)
+        bias_BTSN = self._table().at[buckets_BTS].get(out_sharding=jax.P(*spec, heads))
+        return jnp.transpose(bias_BTSN, (0, 3, 1, 2))
 
-def buckets_of(config: ModelConfig, length: int) -> np.ndarray:
-    """The bucket of every key for every query, int32 [T, T].
+    def _table(self) -> jax.Array:
+        return gathered(self.table, self.rules).astype(jnp.float32)
+
+
+def buckets_of(config: ModelConfig, distance: np.ndarray) -> np.ndarray:
+    """The bucket of each distance of a key, int32; below 0 where it stands before the query.
 
     Documents of a row are whole, so that the distance in the row is that in the document. An
     encoder has half of the buckets for keys after the query; in a decoder those, which a prefix
     alone sees, share the bucket of distance 0.
     """
-    distance = (
-        np.arange(length)[None, :] - np.arange(length)[:, None]
-    )  # of the key, after the query
     buckets = config.relative_buckets
     if config.causal:
         back, first = np.maximum(-distance, 0), np.zeros_like(distance)

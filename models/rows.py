@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
 from models.masks import Mask, MaskArrays
+
+if TYPE_CHECKING:
+    from models.cached_attention import LayerCache
 
 
 class Memory(NamedTuple):
     """What cross-attention reads.
 
     Attributes:
-      features_BSD: in the residual stream's layout.
+      features_BSD: in the residual stream's layout; None where a cache has what layers made of
+        them.
       segments_BS: int32, the document of each of them, from 1; 0 = padding. None where every token
         of a row sees all.
     """
 
-    features_BSD: jax.Array
+    features_BSD: jax.Array | None
     segments_BS: jax.Array | None
 
 
@@ -33,8 +37,10 @@ class Rows(NamedTuple):
       weights: float32 [B, T], of tokens in the loss of the step, for the losses of routers; None
         leaves those out.
       prefix: int32 [B], tokens at the start of each row that see each other; None for none.
-      bias: float32 [N, T, T], added to the scores of self-attention; None for none.
+      bias: float32 [N, T, T], added to the scores of self-attention, or with a cache
+        [B, N, T, S]; None for none.
       memory: what cross-attention reads; None where there is none.
+      cache: of the layer, which has the tokens before these; None where rows are whole.
     """
 
     segments: jax.Array | None
@@ -43,6 +49,7 @@ class Rows(NamedTuple):
     prefix: jax.Array | None = None
     bias: jax.Array | None = None
     memory: Memory | None = None
+    cache: LayerCache | None = None
 
     def mask(self, *, causal: bool, window: int | None) -> tuple[Mask, MaskArrays]:
         """Which of these tokens see each other."""

@@ -42,6 +42,9 @@ class SelfAttention(Projections):
         probs_key, out_key = (None, None) if key is None else jax.random.split(key)
         window = config.window if local else None
         mask, arrays = rows.mask(causal=config.causal, window=window)
+        if rows.cache is not None:
+            out_BTNH = rows.cache.attend(q_BTNH, k_BTKH, v_BTKH, mask, arrays, rows.bias)
+            return tag(self.merge(out_BTNH), "attention_projection")
         out_BTNH = attention(
             q_BTNH,
             k_BTKH,

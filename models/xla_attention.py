@@ -35,6 +35,10 @@ class Core:
     def scores(self, q_BKGTH: Array, k_BKSH: Array) -> Array:
         """The scaled and capped scores in float32, [B, K, G, T, S]."""
         s = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+        return self.capped(s)
+
+    def capped(self, s: Array) -> Array:
+        """Products `q . k` scaled, and capped."""
         s = s * self.scale
         return s if self.softcap is None else self.softcap * jnp.tanh(s / self.softcap)
 

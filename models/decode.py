@@ -1,0 +1,315 @@
+"""A decoder that goes on from where it was: prompts in, then one token after another.
+
+`begin` reads prompts whole and fills a cache; `go_on` adds tokens to it. Layers run one after the
+other, each with its own arrays of weights and of cache: a loop over stacked ones would copy both at
+every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import NamedSharding
+
+from models.block import Block
+from models.cached_attention import LayerCache, Places, begin_sources
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.encoder_decoder import EncoderDecoder
+from models.kv_cache import CacheShape, cache_kept, empty_cache
+from models.memory_decoder import MemoryDecoder
+from models.rows import Memory, Rows, rows_of
+from models.stack import STACKED
+from models.vision_language import CrossVisionLanguage, VisionLanguage
+from parallel.remat import RematConfig
+from parallel.rules import Rules, of_one_layer
+
+Tree = Any
+STACK = "stack"
+
+
+class Cache(NamedTuple):
+    """What is kept of all rows.
+
+    Attributes:
+      layers: the arrays of each.
+      source_segments_BS: int32, of an encoder-decoder's source; 0 = padding.
+    """
+
+    layers: list[dict[str, Array]]
+    source_segments_BS: Array | None = None
+
+
+class DecoderWeights(NamedTuple):
+    """Parameters as decoding takes them: those outside the stack, and those of each block."""
+
+    outside: Tree
+    blocks: list[Tree]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A decoder as pure functions on its weights and a cache.
+
+    Attributes:
+      config: of the model; no expert has a capacity, so that no token is dropped.
+      rules: the layout, without a divided residual stream: one token does not divide.
+      shape: of the cache.
+      compute: compute dtype.
+      prefix: a prompt's tokens see each other (`config.objective.name = "prefix_lm"`).
+      graph, block: the modules without their parameters.
+    """
+
+    config: ModelConfig
+    rules: Rules
+    shape: CacheShape
+    compute: str
+    prefix: bool
+    graph: Any
+    block: Any
+
+    def begin(
+        self,
+        weights: DecoderWeights,
+        cache: Cache,
+        batch: Mapping[str, Array],
+        count_B: Array,
+        row_B: Array | None = None,
+        table_BN: Array | None = None,
+    ) -> tuple[Cache, Array]:
+        """Reads prompts.
+
+        Args:
+          batch: `tokens` [B, T], padded on the right, and what else the model reads: `patches`, or
+            the arrays of a source.
+          count_B: tokens of each prompt; of a row with 0 nothing is kept.
+          row_B, table_BN: as in `models.cached_attention.Places`.
+
+        Returns:
+          The cache, and the logits of the token after each prompt, float32 [B, V padded].
+        """
+        model = nnx.merge(self.graph, weights.outside)
+        index_BT = self._index(batch["tokens"])
+        segments_BT = (index_BT < count_B[:, None]).astype(jnp.int32)
+        batch = {**batch, "positions": index_BT, "segments": segments_BT}
+        if self.prefix:
+            batch["prefix"] = count_B
+        memory, image = None, self.config.image_tokens
+        if isinstance(model, MemoryDecoder):
+            memory = Memory(model.features(batch), model.segments(batch))
+            x_BTD = Decoder.embed(model, batch)
+        else:
+            x_BTD = model.embed(batch)
+        rows = rows_of(model.in_stream(batch) if isinstance(model, VisionLanguage) else batch)
+        if model.relative is not None:
+            rows = rows._replace(bias=model.relative.bias(x_BTD.shape[1]))
+        # An image stands before the text and is in the cache, too.
+        count_B = count_B + image * (count_B > 0).astype(jnp.int32)
+        places = Places(jnp.zeros_like(count_B), count_B, row_B, table_BN)
+        if cache.source_segments_BS is not None:
+            assert memory is not None
+            segments = begin_sources(cache.source_segments_BS, memory.segments_BS, places)
+            cache = cache._replace(source_segments_BS=segments)
+        rows = rows._replace(memory=memory)
+        return self._run(model, weights, cache, x_BTD, rows, places, fresh=True)
+
+    def go_on(
+        self,
+        weights: DecoderWeights,
+        cache: Cache,
+        tokens_BT: Array,
+        start_B: Array,
+        count_B: Array,
+        row_B: Array | None = None,
+        table_BN: Array | None = None,
+    ) -> tuple[Cache, Array]:
+        """Adds tokens to rows, images before them counted in `start_B`; else like `begin`."""
+        model = nnx.merge(self.graph, weights.outside)
+        index_BT = self._index(tokens_BT)
+        positions_BT = start_B[:, None] + index_BT
+        segments_BT = (index_BT < count_B[:, None]).astype(jnp.int32)
+        batch = {"tokens": tokens_BT, "positions": positions_BT, "segments": segments_BT}
+        x_BTD = Decoder.embed(model, batch)
+        rows = rows_of(batch)
+        if model.relative is not None:
+            rows = rows._replace(bias=model.relative.bias_of(positions_BT, self._slots))
+        if isinstance(model, MemoryDecoder):
+            rows = rows._replace(memory=Memory(None, cache.source_segments_BS))
+        places = Places(start_B, count_B, row_B, table_BN)
+        return self._run(model, weights, cache, x_BTD, rows, places, fresh=False)
+
+    def _run(
+        self,
+        model: Decoder,
+        weights: DecoderWeights,
+        cache: Cache,
+        x_BTD: Array,
+        rows: Rows,
+        places: Places,
+        *,
+        fresh: bool,
+    ) -> tuple[Cache, Array]:
+        config, layers = self.config, []
+        for number, arrays in enumerate(cache.layers):
+            local = config.pattern[number % len(config.pattern)] == "local"
+            block: Block = nnx.merge(self.block, weights.blocks[block_of(config, number)])
+            kept = LayerCache(
+                arrays, config, self.rules, self.shape, places, fresh=fresh, local=local
+            )
+            x_BTD, _ = block(x_BTD, rows._replace(cache=kept), local=local)
+            layers.append(kept.arrays)
+        last_BT = self._index(x_BTD) == (places.count_B - 1)[:, None]
+        x_BTD = jnp.sum(jnp.where(last_BT[:, :, None], x_BTD, 0), 1, keepdims=True)
+        hidden_BTD = Decoder.finish(model, x_BTD, {})
+        return cache._replace(layers=layers), self._logits(model, hidden_BTD)[:, 0]
+
+    def _logits(self, model: Decoder, hidden_BTD: Array) -> Array:
+        """float32 [B, T, V padded], whole on every device of the row; -inf where no token is."""
+        config, rules, head = self.config, self.rules, model.head()
+        features = model.to_head(hidden_BTD)
+        table = jax.reshard(head.weight, rules.gathered(head.axes, head.weight.shape))
+        equation = "btd,vd->btv" if head.axes.startswith("vocab") else "btd,dv->btv"
+        logits = jnp.einsum(
+            equation,
+            features,
+            table,
+            preferred_element_type=jnp.float32,
+            out_sharding=rules.spec("batch seq act_vocab"),
+        )
+        logits = jax.reshard(logits, rules.spec("batch seq act_embed"))
+        if config.logit_softcap:
+            logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+        real = jnp.arange(logits.shape[-1]) < config.vocab_size
+        return jnp.where(real[None, None], logits, -jnp.inf)
+
+    def _index(self, like_BT: Array) -> Array:
+        """The index of each token in its row, int32 [B, T]."""
+        return jax.lax.broadcasted_iota(
+            jnp.int32, like_BT.shape[:2], 1, out_sharding=self.rules.spec("batch seq")
+        )
+
+    @property
+    def _slots(self) -> int:
+        """Tokens of a row that queries are compared with."""
+        shape = self.shape
+        return shape.row_blocks * shape.block if shape.block else shape.slots
+
+    def empty(self) -> Cache:
+        """A cache of nothing, laid out; call it under `jax.jit`."""
+        kept = cache_kept(self.config, self.shape, self.rules, self.compute)
+        segments = None
+        if self.config.family == "encoder_decoder":
+            sizes = self.shape.rows, self.shape.source
+            segments = jnp.zeros(sizes, jnp.int32, out_sharding=self.rules.spec("batch seq"))
+        return Cache(empty_cache(kept, self.rules), segments)
+
+
+def make_decoding(
+    config: ModelConfig, rules: Rules, shape: CacheShape, compute: str, *, prefix: bool = False
+) -> Decoding:
+    """The decoding of a model; call it inside `jax.set_mesh`.
+
+    Args:
+      rules: without sequence parallelism, and of a mesh without stages.
+    """
+    assert not rules.staged, rules
+    assert rules.parts("residual_seq") == 1, rules
+    config = replace(config, experts=replace(config.experts, capacity=0.0))
+    kind = kind_of(config)
+    model = nnx.eval_shape(lambda: kind(config, rules, RematConfig(), nnx.Rngs(params=0)))
+    block = nnx.graphdef(model.stack.blocks)
+    model.stack.blocks = None
+    return Decoding(config, rules, shape, compute, prefix, nnx.graphdef(model), block)
+
+
+def kind_of(config: ModelConfig) -> type[Decoder]:
+    """The class of a family's decoder.
+
+    Raises:
+      ValueError: a family that gives no text.
+    """
+    if config.family == "vision_language":
+        return VisionLanguage if config.cross == "none" else CrossVisionLanguage
+    kinds = {"decoder": Decoder, "encoder_decoder": EncoderDecoder}
+    if config.family not in kinds:
+        raise ValueError(
+            f"config.model.family = {config.family!r}: gives no text; choose "
+            f"{', '.join(kinds)} or vision_language"
+        )
+    return kinds[config.family]
+
+
+def block_of(config: ModelConfig, layer: int) -> int:
+    """The number of a layer's block, as `Stack.block_of` says it of an array."""
+    if not config.distinct:
+        return layer
+    if config.sharing == "repeat":
+        return layer // (config.layers // config.distinct)
+    return layer % config.distinct
+
+
+def weights_of(params: Tree, axes: Tree, rules: Rules, compute: str) -> DecoderWeights:
+    """Parameters at rest cast, laid out for the model and cut in blocks, one array after the other:
+    those of `params` are deleted as they go.
+    """
+
+    def lay_out(array: Array, names: str) -> Array:
+        return jax.reshard(array.astype(compute), rules.in_model(names, array.shape))
+
+    def cut(array: Array, names: str) -> list[Array]:
+        return [lay_out(array[i], of_one_layer(names)) for i in range(len(array))]
+
+    def consumed(function: Callable[..., Any], array: Array, names: str) -> Any:
+        made = jax.jit(partial(function, names=names))(array)
+        if all(leaf is not array for leaf in jax.tree.leaves(made)):
+            jax.block_until_ready(made)
+            array.delete()
+        return made
+
+    outside, stacked = _parted(params)
+    outer_axes, block_axes = _parted(axes)
+    lists = jax.tree.map(partial(consumed, cut), stacked, block_axes)
+    outer = jax.tree.map(partial(consumed, lay_out), outside, outer_axes)
+    return DecoderWeights(outer, _transposed(lists))
+
+
+def abstract_weights(
+    params: Tree, axes: Tree, rules: Rules, compute: str, mesh: Any
+) -> DecoderWeights:
+    """What `weights_of` makes, as `ShapeDtypeStruct`s with shardings."""
+
+    def shape_of(shape: tuple[int, ...], names: str) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, rules.in_model(names, shape))
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(compute), sharding=sharding)
+
+    def lay_out(array: Any, names: str) -> jax.ShapeDtypeStruct:
+        return shape_of(array.shape, names)
+
+    def cut(array: Any, names: str) -> list[jax.ShapeDtypeStruct]:
+        return [shape_of(array.shape[1:], of_one_layer(names))] * array.shape[0]
+
+    outside, stacked = _parted(params)
+    outer_axes, block_axes = _parted(axes)
+    lists = jax.tree.map(cut, stacked, block_axes)
+    return DecoderWeights(jax.tree.map(lay_out, outside, outer_axes), _transposed(lists))
+
+
+def _transposed(lists: Tree) -> list[Tree]:
+    """A list of trees of a tree of lists."""
+    is_list = lambda x: isinstance(x, list)
+    length = len(jax.tree.leaves(lists, is_leaf=is_list)[0])
+    return [jax.tree.map(itemgetter(i), lists, is_leaf=is_list) for i in range(length)]
+
+
+def _parted(tree: Tree) -> tuple[Tree, Tree]:
+    """(what is outside the decoder's stack, its stacked arrays)."""
+    outside = {name: value for name, value in tree.items() if name != STACK}
+    return outside, tree[STACK][STACKED]
