@@ -28,7 +28,10 @@ NOT_EXPERIMENTS = ("__init__", "base")
 
 # What may differ between a run and its continuation: how long, how often, and where bytes lie. All
 # else changes what is learnt, and belongs in a workdir of its own.
-FREE_SECTIONS = ("checkpoint", "eval", "logging", "memory", "mesh", "parallel", "pipeline", "remat")
+FREE_SECTIONS = (
+    *("checkpoint", "eval", "generate", "logging", "memory"),
+    *("mesh", "parallel", "pipeline", "remat"),
+)
 FREE_KEYS = (
     "config.data.cache",
     "config.data.eval_path",

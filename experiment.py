@@ -14,6 +14,7 @@ from data.config import DataConfig
 from data.objective import ObjectiveConfig
 from data.parts import ImageShape
 from experiment_checks import check_images, check_pipeline, divided
+from generation.config import GenerateConfig
 from memory.job import Job
 from memory.plan import MemoryConfig
 from models import config_checks
@@ -85,6 +86,7 @@ class Experiment:
     train: TrainConfig
     checkpoint: CheckpointConfig
     eval: EvalConfig
+    generate: GenerateConfig
     logging: LoggingConfig
     memory: MemoryConfig
     training: bool = True  # or evaluation alone, which has no schedule and no micro-batches
@@ -281,6 +283,7 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         train=build(TrainConfig, config.train, "config.train"),
         checkpoint=build(CheckpointConfig, config.checkpoint, "config.checkpoint"),
         eval=build(EvalConfig, config.eval, "config.eval"),
+        generate=build(GenerateConfig, config.generate, "config.generate"),
         logging=build(LoggingConfig, config.logging, "config.logging"),
         memory=build(MemoryConfig, config.memory, "config.memory"),
         training=training,

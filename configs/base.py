@@ -207,6 +207,21 @@ def get_config() -> ConfigDict:
     evaluation.every = 0  # steps; 0: only at the end
     evaluation.batches = 16  # of held-out text
 
+    config.generate = generate = ConfigDict()  # generation/config.py
+    generate.batch_size = 8  # texts at a time, over all devices; more prompts wait for a free row
+    generate.prompt_length = 0  # tokens of the longest prompt; 0: as those that are given
+    generate.max_new_tokens = 128  # of each text, at most
+    generate.temperature = 0.0  # logits are divided by it; 0: always the likeliest token
+    generate.top_k = 0  # one of so many likeliest tokens is drawn; 0: of all
+    generate.top_p = 1.0  # one of the fewest that together have this probability; 1: of all
+    generate.min_p = 0.0  # one of those with this part of the likeliest one's; 0: of all
+    generate.stop = ()  # a text ends before any of these
+    generate.ignore_end = False  # a text does not end with the token that ends a document
+    generate.cache = "contiguous"  # contiguous | paged (blocks of a pool, as many as texts need)
+    generate.cache_dtype = "compute"  # compute (precision.compute) | int8
+    generate.block_size = 16  # paged: tokens of a block
+    generate.blocks = 0  # paged: of the pool, over all devices; 0: what all rows need at most
+
     config.logging = logging = ConfigDict()  # training/metrics.py
     logging.tensorboard = True
     logging.wandb = False  # offline, with the extra `wandb`

@@ -40,16 +40,20 @@ class CrossAttention(Projections):
     def __call__(self, x_BTD: jax.Array, rows: Rows, key: jax.Array | None = None) -> jax.Array:
         config, rules = self.config, self.rules
         assert rows.memory is not None
-        segments_BS = rows.memory.segments_BS
+        features_BSD, segments_BS = rows.memory
         mask, arrays = Mask(causal=False), MaskArrays()
         if segments_BS is not None:
             mask, arrays = Mask(causal=False, segments=True), MaskArrays(rows.segments, segments_BS)
+
+        def memory() -> list[jax.Array]:
+            assert features_BSD is not None
+            return self.project(features_BSD, ("key", "value"))
+
         (q_BTNH,) = self.project(x_BTD, ("query",))
         if rows.cache is not None:
             seen_BS = None if segments_BS is None else segments_BS > 0  # a row has one source
-            project = lambda: self.project(rows.memory.features_BSD, ("key", "value"))
-            return self._out(rows.cache.attend_memory(q_BTNH, project, seen_BS))
-        k_BSKH, v_BSKH = self.project(rows.memory.features_BSD, ("key", "value"))
+            return self._out(rows.cache.attend_memory(q_BTNH, memory, seen_BS))
+        k_BSKH, v_BSKH = memory()
         q_BTNH = tag(q_BTNH, "cross_query")
         k_BSKH, v_BSKH = tag(k_BSKH, "cross_key"), tag(v_BSKH, "cross_value")
 

@@ -78,7 +78,7 @@ def layer_kept(
 ) -> dict[str, Kept]:
     """The arrays of one layer, by name."""
     C, H = config.kv_heads * repeats(config, rules), config.head_dim
-    kept = {}
+    kept: dict[str, Kept] = {}
     if is_ring(config, shape, local=local):
         kept |= _pair(ROWS, (shape.rows, C, config.window, H), shape.int8, compute)
     elif shape.block:

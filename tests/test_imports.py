@@ -16,6 +16,7 @@ FLOORS = {
     "models": 1,
     "data": 1,
     "training": 2,
+    "generation": 2,
     "memory": 3,
     "hf": 3,
     "compress": 3,

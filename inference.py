@@ -1,0 +1,86 @@
+"""From an experiment to the decoding of its model: layout, sizes of the cache, what cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from experiment import Experiment
+from models.beside import beside_length
+from models.decode import kind_of
+from models.kv_cache import CacheShape
+from parallel.rules import Rules, make_rules
+
+
+def decoding_rules(experiment: Experiment) -> Rules:
+    """The layout of generation: one token does not divide, and there are no stages.
+
+    Raises:
+      ValueError: a dim does not divide, or the mesh has stages.
+    """
+    kind_of(experiment.model)
+    if experiment.mesh.pipe > 1:
+        raise ValueError(
+            f"config.mesh.pipe = {experiment.mesh.pipe}: text is generated without stages; set it "
+            f"to 1, and config.mesh.tensor or fsdp higher"
+        )
+    dims = experiment.model.dims()
+    dims["batch"] = experiment.generate.batch_size, "config.generate.batch_size"
+    return make_rules(replace(experiment.parallel, sequence=False), experiment.mesh.sizes(), dims)
+
+
+def prompt_length(experiment: Experiment) -> int:
+    """Tokens of the longest prompt where none is given, of a decoder."""
+    if experiment.model.family == "encoder_decoder":
+        return 1  # the prompt is the source, and what the decoder begins with is one token
+    if experiment.generate.prompt_length:
+        return experiment.generate.prompt_length
+    longest = experiment.model.max_length - experiment.generate.max_new_tokens
+    return max(1, min(experiment.data.sequence_length, longest))
+
+
+def cache_shape(experiment: Experiment, rules: Rules, prompt: int, source: int = 0) -> CacheShape:
+    """The sizes of the cache for prompts of so many tokens, sources of so many.
+
+    Raises:
+      ValueError: the model's context is shorter than prompt and text.
+    """
+    model, generate = experiment.model, experiment.generate
+    new, image = generate.max_new_tokens, model.image_tokens
+    room = model.max_length - image - prompt
+    if new > room:
+        before = f"a prompt of {prompt} tokens" + (f" and {image} of an image" if image else "")
+        right = f"at most {room}" if room > 0 else f"a prompt is at most {prompt + room - 1} tokens"
+        raise ValueError(
+            f"config.generate.max_new_tokens = {new}: with {before} that is more than "
+            f"config.model.max_length = {model.max_length}; {right}"
+        )
+    slots = image + prompt + new
+    beside = 0
+    if model.cross != "none":
+        beside = beside_length(model, source or experiment.data.source_length)
+    if generate.cache == "contiguous":
+        return CacheShape(
+            generate.batch_size, slots, int8=generate.cache_dtype == "int8", source=beside
+        )
+    parts = rules.parts("batch")
+    needed = generate.batch_size * -(-slots // generate.block_size)
+    blocks = generate.blocks or needed
+    if blocks % parts:
+        raise ValueError(
+            f"config.generate.blocks = {blocks} does not divide by the {parts} parts of the "
+            f"batch; choose a multiple of {parts}"
+        )
+    least = parts * -(-slots // generate.block_size)
+    if blocks < least:
+        raise ValueError(
+            f"config.generate.blocks = {blocks}: one text of {slots} tokens in each of {parts} "
+            f"parts of the batch needs {least} of {generate.block_size}; give at least that"
+        )
+    return CacheShape(
+        generate.batch_size,
+        slots,
+        int8=generate.cache_dtype == "int8",
+        block=generate.block_size,
+        blocks=blocks // parts,
+        source=beside,
+    )
