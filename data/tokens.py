@@ -53,6 +53,9 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """`encode` of several texts, on all cores where it can."""
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """`encode` of a text that is to be continued, after what the tokeniser puts before one."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; ends of documents are left out."""
 
@@ -82,6 +85,9 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(int(i) for i in ids if 0 <= i < 256).decode(errors="replace")
@@ -142,6 +148,15 @@ class JsonTokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in encoded]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """As the file's own template has it, up to the end of the text: Llama's and Gemma's begin
+        with a token of their own.
+        """
+        ids = self.backend.encode(text, add_special_tokens=True).ids
+        plain = self.backend.encode(text, add_special_tokens=False).ids
+        begin = next(i for i in range(len(ids) + 1) if ids[i : i + len(plain)] == plain)
+        return np.asarray(ids[:begin] + plain, np.int32)
 
     def _special(self) -> np.ndarray:
         """Ids that stand for no text: those the file calls special, ours, and gaps between ids."""

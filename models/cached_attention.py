@@ -259,13 +259,13 @@ def attend_over(
     return jnp.transpose(o, (0, 3, 1, 2, 4)).reshape(B, T, N, H)
 
 
-def begin_sources(kept_BS: Array, new_BS: Array | None, places: Places) -> Array:
-    """Segments of sources, of which rows of a call are new."""
+def replaced_rows(kept: Array, new: Array | None, places: Places) -> Array:
+    """Something of every row of the cache, [rows, ...], with that of the rows of a call."""
 
     def write(kept: Array, new: Array, places: Places) -> Array:
         return kept.at[_rows(places, len(kept))].set(new, mode="drop")
 
-    return _on_device(write, _specs(kept_BS), kept_BS, new_BS, places)
+    return _on_device(write, _specs(kept), kept, new, places)
 
 
 def _on_device(function: Callable[..., Any], out_specs: Any, *inputs: Any) -> Any:

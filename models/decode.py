@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from models.block import Block
-from models.cached_attention import LayerCache, Places, begin_sources
+from models.cached_attention import LayerCache, Places, replaced_rows
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.encoder_decoder import EncoderDecoder
@@ -116,7 +116,7 @@ class Decoding:
         places = Places(jnp.zeros_like(count_B), count_B, row_B, table_BN)
         if cache.source_segments_BS is not None:
             assert memory is not None
-            segments = begin_sources(cache.source_segments_BS, memory.segments_BS, places)
+            segments = replaced_rows(cache.source_segments_BS, memory.segments_BS, places)
             cache = cache._replace(source_segments_BS=segments)
         rows = rows._replace(memory=memory)
         return self._run(model, weights, cache, x_BTD, rows, places, fresh=True)
@@ -134,7 +134,8 @@ class Decoding:
         """Adds tokens to rows, images before them counted in `start_B`; else like `begin`."""
         model = nnx.merge(self.graph, weights.outside)
         index_BT = self._index(tokens_BT)
-        positions_BT = start_B[:, None] + index_BT
+        # Padding goes no further than the row.
+        positions_BT = jnp.minimum(start_B[:, None] + index_BT, self.shape.slots - 1)
         segments_BT = (index_BT < count_B[:, None]).astype(jnp.int32)
         batch = {"tokens": tokens_BT, "positions": positions_BT, "segments": segments_BT}
         x_BTD = Decoder.embed(model, batch)

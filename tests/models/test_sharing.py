@@ -64,6 +64,11 @@ def summed(grads, blocks):
     return grads | {"stack": jax.tree.map(of_blocks, grads["stack"])}
 
 
+# Two programs, of which a compiler may order the sums of a norm or a loss differently: a few units
+# in the last place of float32. Another mask of dropout moves the loss by a thousand times that.
+ROUNDING = 5e-7
+
+
 def assert_close(got, want):
     """To 1e-6 of each gradient's norm."""
     for (path, w), g in zip(jax.tree.leaves_with_path(want), jax.tree.leaves(got), strict=True):
@@ -87,12 +92,12 @@ def assert_close(got, want):
     ],
 )
 def test_a_shared_block_has_the_sum_of_the_gradients_of_its_uses(name, remat):
-    """And the loss is bitwise that of layers with equal weights: dropout goes by layer."""
+    """And the loss is that of layers with equal weights: dropout goes by layer."""
     config, blocks = SHARED[name]
     params, metrics, grads = run(config, remat=remat)
     own = replace(config, distinct=0, sharing="cycle")
     _, want, want_grads = run(own, untied(params, blocks), remat=remat)
-    assert metrics["loss"] == want["loss"]
+    assert metrics["loss"] == pytest.approx(want["loss"], rel=ROUNDING)
     assert_close(grads, summed(want_grads, blocks))
 
 
@@ -111,7 +116,7 @@ def test_other_families_share_their_blocks(name):
             loss_of = jax.jit(lambda *given, f=grads_of: f(*given)[0]["loss"])
             given = laid.params(nested(leaves)), laid.placed(family.batch(0)), jax.random.key(7)
             losses.append(float(loss_of(*given, jnp.float32(1))))
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=ROUNDING)
 
 
 @pytest.mark.parametrize("tied", [True, False])

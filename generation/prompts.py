@@ -1,0 +1,102 @@
+"""Prompts from flags, from a file or from standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+FIELDS = ("prompt", "tokens", "image")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a text is to follow.
+
+    Attributes:
+      where: names it in messages.
+      text: of the prompt.
+      tokens: instead of the text; None: those of the text.
+      image: the file of an image, beside either.
+    """
+
+    where: str
+    text: str = ""
+    tokens: tuple[int, ...] | None = None
+    image: Path | None = None
+
+
+def read_prompts(
+    texts: Sequence[str], file: Path | None, images: Sequence[Path] = ()
+) -> list[Prompt]:
+    """All prompts, in order.
+
+    Args:
+      texts: of `--prompt`.
+      file: of `--prompts`: a prompt a line, or of a `.jsonl` an object a line with `prompt` or
+        `tokens`, and `image`; `-` is standard input, a prompt a line.
+      images: of `--image`, one for each text, or without texts one for each prompt.
+
+    Raises:
+      ValueError: none at all, or a file or a line that cannot be read.
+    """
+    if images and file is not None:
+        raise ValueError(f"--image={images[0]}: --prompts names its images itself, in a .jsonl")
+    if images and texts and len(images) != len(texts):
+        raise ValueError(
+            f"--image: {len(images)} images for {len(texts)} prompts; give one for each --prompt, "
+            f"in order"
+        )
+    own = list(texts) or [""] * len(images)
+    found = [
+        Prompt(f"--prompt={text!r}" if texts else f"--image={images[i]}", text, image=image)
+        for i, (text, image) in enumerate(zip_longest(own, images))
+    ]
+    if file is not None:
+        found += _read(file)
+    if not found:
+        raise ValueError(
+            "--prompt: missing; give --prompt=TEXT, or --prompts=FILE with one a line (- is "
+            "standard input)"
+        )
+    return found
+
+
+def _read(file: Path) -> list[Prompt]:
+    try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"--prompts={file}: no such file; one prompt a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts={file}: cannot be read as UTF-8 text ({error})") from None
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts={file}: empty; give one prompt a line")
+    if file.suffix != ".jsonl":
+        return [Prompt(f"--prompts={file}, line {n}", line) for n, line in lines]
+    return [_of_json(f"--prompts={file}, line {n}", line, file.parent) for n, line in lines]
+
+
+def _of_json(where: str, line: str, folder: Path) -> Prompt:
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict) or not {"prompt", "tokens", "image"} & set(row):
+        raise ValueError(f"{where}: give an object with {', '.join(FIELDS[:-1])} or {FIELDS[-1]}")
+    text, tokens, image = (row.get(name) for name in FIELDS)
+    if not isinstance(text or "", str) or not isinstance(image or "", str):
+        raise ValueError(f"{where}: prompt and image are strings")
+    whole = isinstance(tokens, list) and all(type(token) is int for token in tokens)
+    if tokens is not None and not whole:
+        raise ValueError(f"{where}: tokens = {tokens!r}: a list of whole numbers")
+    return Prompt(
+        where,
+        text or "",
+        None if tokens is None else tuple(tokens),
+        folder / image if image else None,
+    )

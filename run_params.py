@@ -1,0 +1,44 @@
+"""The parameters of a run's checkpoint, or of a Hugging Face one, on the mesh that is here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from experiment import Experiment
+from hf.files import open_folder
+from hf.importing import find_params, read_params
+from training.checkpoint import Checkpoints
+from training.state import Model, Tree, placed_params
+
+
+def saved_params(
+    experiment: Experiment,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+    workdir: Path | None,
+    step: int | None,
+    hf: Path | None,
+) -> tuple[int | None, Tree]:
+    """The step they are of (None of a Hugging Face checkpoint), and the master parameters.
+
+    Args:
+      workdir: of the run, where `hf` is not given.
+      step: None: the newest.
+
+    Raises:
+      ValueError: there is no such step or checkpoint, or it is of another model.
+    """
+    if hf is not None:
+        if step is not None:
+            raise ValueError(f"--step={step}: --hf has no steps; leave it out")
+        folder = open_folder(hf, "--hf")
+        tensors = find_params(folder, experiment.model, model, experiment.precision)
+        return None, read_params(tensors, model, experiment.precision, mesh)
+    assert workdir is not None
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    wanted = placed_params(model, experiment.precision, mesh)
+    found, state = checkpoints.restore(step, {"params": wanted}, partial=True)
+    checkpoints.close()
+    return found, state["params"]
