@@ -82,6 +82,7 @@ class Rows:
         self.pools = [
             BlockPool(shape.blocks, shape.block) for _ in range(parts if shape.block else 0)
         ]
+        self.gave_way = 0  # texts that had to be read again
         self.most_used = 0  # blocks at a time, of all pools
         self.live_then = 0  # tokens in them, a shared one counted once
 
@@ -156,6 +157,7 @@ class Rows:
         """Ends the use of a row whose text is to go on before all others that wait."""
         self.free(row)
         self.waiting.appendleft(row.request)
+        self.gave_way += 1
 
     def free(self, row: Row) -> None:
         """Ends the use of a row; its blocks go back to the pool."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.config import ModelConfig
 from models.decode import Decoding, kind_of, make_decoding, weights_of
 from models.kv_cache import CacheShape
 from parallel.remat import RematConfig
+from parallel.rules import Rules
 from tests.families import FAMILIES, Family, S
 from tests.small import B, initial_params, layout
 
@@ -61,6 +64,23 @@ def prompts(family: Family) -> tuple[dict[str, np.ndarray], np.ndarray]:
     return kept | {"tokens": tokens}, rng.integers(1, T + 1, B).astype(np.int32)
 
 
+def logits_of(config: ModelConfig, rules: Rules) -> Callable[[Any, Any], jax.Array]:
+    """(parameters, batch) -> the logits of whole rows [B, T, V padded], without a cache."""
+    kind = kind_of(config)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: kind(config, rules, RematConfig(), nnx.Rngs(0))))
+
+    @jax.jit
+    def logits(params: Any, batch: Any) -> jax.Array:
+        model = nnx.merge(graph, params)
+        head, features = model.head(), model.to_head(model(batch))
+        table = head.weight if head.axes.startswith("vocab") else head.weight.T
+        found = jnp.einsum("btd,vd->btv", features, table, precision="highest")
+        cap = config.logit_softcap
+        return cap * jnp.tanh(found / cap) if cap else found
+
+    return logits
+
+
 @functools.cache
 def uncached(name: str) -> np.ndarray:
     """Logits of the token after each of the last NEW + 1 of every row, [B, NEW + 1, V]."""
@@ -75,20 +95,8 @@ def uncached(name: str) -> np.ndarray:
     config = replace(family.config, experts=replace(family.config.experts, capacity=0.0))
     with layout(config=config, objective=family.objective) as laid:
         params = initial_params(config, family.objective)
-        kind = kind_of(config)
-        graph = nnx.graphdef(
-            nnx.eval_shape(lambda: kind(config, laid.model.rules, RematConfig(), nnx.Rngs(0)))
-        )
-
-        def logits(params: Any, batch: Any) -> jax.Array:
-            model = nnx.merge(graph, params)
-            head, features = model.head(), model.to_head(model(batch))
-            table = head.weight if head.axes.startswith("vocab") else head.weight.T
-            found = jnp.einsum("btd,vd->btv", features, table, precision="highest")
-            cap = config.logit_softcap
-            return cap * jnp.tanh(found / cap) if cap else found
-
-        found = np.asarray(jax.jit(logits)(laid.params(params), laid.placed(batch)))
+        logits = logits_of(config, laid.model.rules)
+        found = np.asarray(logits(laid.params(params), laid.placed(batch)))
     at = count[:, None] - 1 + np.arange(NEW + 1)[None]
     return np.take_along_axis(found, at[:, :, None], 1)[:, :, : config.vocab_size]
 
