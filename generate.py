@@ -13,9 +13,11 @@
 
 from __future__ import annotations
 
-import json as json_format
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +42,24 @@ def main(
     import jax  # here: a typo on the command line costs no import
 
     from experiment import read_experiment
-    from inference import decoding_rules, lengths_of, make_engine, requests_of, tokenizer_of
+    from inference import decoding_rules, make_engine
     from parallel.compilation import keep_compiled
     from parallel.mesh import make_mesh
+    from prompt_tokens import lengths_of, requests_of, tokenizer_of
     from run_params import saved_params
 
     keep_compiled()
     experiment = read_experiment(config, jax.device_count(), training=False)
-    decoding_rules(experiment)
+    generate, parts = experiment.generate, decoding_rules(experiment).parts("batch")
+    wanted = -(-len(given) // parts) * parts  # rows that prompts are there for
+    generate = replace(generate, batch_size=min(generate.batch_size, wanted))
+    experiment = replace(experiment, generate=generate)
     tokenizer = tokenizer_of(experiment, workdir)
     requests = requests_of(experiment, given, tokenizer)
     lengths = lengths_of(experiment, requests)
-    say = jax.process_index() == 0
-    if say:
-        for note in experiment.generate.without_effect():
-            print(f"note: {note}", file=sys.stderr)
+    first = jax.process_index() == 0
+    for note in generate.without_effect() if first else ():
+        print(f"note: {note}", file=sys.stderr)
 
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
@@ -63,36 +68,44 @@ def main(
         engine = make_engine(experiment, model, params, mesh, *lengths)
         del params
         since = time.perf_counter()
-        ended = 0
-        for request, text, reason in engine.run(requests):
-            if not say:
-                continue
-            one = len(requests) == 1 and not json
-            if one:
-                print(text, end="\n" if reason else "", flush=True)
-            elif reason and json:
-                print(json_format.dumps(_object(request, given[request.number].text)), flush=True)
-            while not (one or json) and ended < len(requests) and requests[ended].text.reason:
-                print(f"--- {given[ended].where}\n{requests[ended].text}", flush=True)
-                ended += 1
-    if say:
+        show = shown_as_json if json else streamed if len(requests) == 1 else in_order
+        for text in show(engine.run(requests), given):
+            if first:
+                print(text, end="", flush=True)
+    if first:
         tokens = sum(len(request.text.tokens) for request in requests)
         seconds = time.perf_counter() - since
-        print(
-            f"{tokens} tokens in {seconds:.1f} s, compilation included; "
-            f"{experiment.describe_layout()}",
-            file=sys.stderr,
-        )
+        layout = experiment.describe_layout()
+        print(f"{tokens} tokens in {seconds:.1f} s with compilation, {layout}", file=sys.stderr)
 
 
-def _object(request: Any, prompt: str) -> dict[str, Any]:
-    return {
-        "number": request.number,
-        "prompt": prompt,
-        "text": str(request.text),
-        "tokens": request.text.tokens,
-        "reason": request.text.reason,
-    }
+def streamed(pieces: Iterable[Any], given: Sequence[Any]) -> Iterator[str]:
+    """One text as it comes."""
+    del given
+    for _, text, reason in pieces:
+        yield text + ("\n" if reason else "")
+
+
+def in_order(pieces: Iterable[Any], given: Sequence[Any]) -> Iterator[str]:
+    """Whole texts, each after its prompt, in the order of those."""
+    ended: dict[int, str] = {}
+    following = 0
+    for request, _, reason in pieces:
+        if reason:
+            prompt = given[request.number].text or given[request.number].where
+            ended[request.number] = f"--- {prompt}\n{request.text}\n"
+        while following in ended:
+            yield ended.pop(following)
+            following += 1
+
+
+def shown_as_json(pieces: Iterable[Any], given: Sequence[Any]) -> Iterator[str]:
+    """An object a line for each text that has ended."""
+    for request, _, reason in pieces:
+        if reason:
+            row = {"number": request.number, "prompt": given[request.number].text}
+            row |= {"text": str(request.text), "tokens": request.text.tokens, "reason": reason}
+            yield dumps(row) + "\n"
 
 
 FLAGS = (

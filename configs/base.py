@@ -210,7 +210,7 @@ def get_config() -> ConfigDict:
     config.generate = generate = ConfigDict()  # generation/config.py
     generate.batch_size = 8  # texts at a time, over all devices; more prompts wait for a free row
     generate.prompt_length = 0  # tokens of the longest prompt; 0: as those that are given
-    generate.max_new_tokens = 128  # of each text, at most
+    generate.max_new_tokens = 64  # of each text, at most
     generate.temperature = 0.0  # logits are divided by it; 0: always the likeliest token
     generate.top_k = 0  # one of so many likeliest tokens is drawn; 0: of all
     generate.top_p = 1.0  # one of the fewest that together have this probability; 1: of all

@@ -35,6 +35,10 @@ class BlockPool:
         """Blocks that somebody uses."""
         return len(self._users)
 
+    def users(self, number: int) -> int:
+        """How many use a block."""
+        return self._users.get(number, 0)
+
     def needed(self, tokens: int) -> int:
         """Blocks of a row of so many tokens."""
         return -(-tokens // self.block)

@@ -34,7 +34,7 @@ class GenerateConfig:
 
     batch_size: int = 8
     prompt_length: int = 0
-    max_new_tokens: int = 128
+    max_new_tokens: int = 64
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0

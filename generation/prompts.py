@@ -10,6 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+LONGEST = 40  # characters of a prompt in a message
 FIELDS = ("prompt", "tokens", "image")
 
 
@@ -53,8 +54,8 @@ def read_prompts(
         )
     own = list(texts) or [""] * len(images)
     found = [
-        Prompt(f"--prompt={text!r}" if texts else f"--image={images[i]}", text, image=image)
-        for i, (text, image) in enumerate(zip_longest(own, images))
+        Prompt(f"--prompt={_short(text)!r}" if texts else f"--image={image}", text, image=image)
+        for text, image in zip_longest(own, images)
     ]
     if file is not None:
         found += _read(file)
@@ -64,6 +65,10 @@ def read_prompts(
             "standard input)"
         )
     return found
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _read(file: Path) -> list[Prompt]:

@@ -83,8 +83,7 @@ class Rows:
             BlockPool(shape.blocks, shape.block) for _ in range(parts if shape.block else 0)
         ]
         self.gave_way = 0  # texts that had to be read again
-        self.most_used = 0  # blocks at a time, of all pools
-        self.live_then = 0  # tokens in them, a shared one counted once
+        self.most_used = 0  # blocks of all pools at a time
 
     def active(self) -> Iterator[Row]:
         """The rows in use."""
@@ -121,7 +120,6 @@ class Rows:
         row.cached = self.before + len(row.request.tokens)
         if self.pools and self.sharing:
             self.pools[self.part(row)].hold(row.blocks, row.request.tokens)
-        self._count()
 
     def step(self) -> list[Row | None]:
         """The rows that ask for one token more, each in its place, with room for it."""
@@ -129,7 +127,7 @@ class Rows:
         for row in sorted(self.active(), key=lambda row: row.request.number):
             if self.holds(row) and row.asked < row.request.most and self._grow(row):
                 asking.add(row)
-        self._count()
+        self.most_used = max(self.most_used, sum(pool.used for pool in self.pools))
         return [row if row in asking else None for row in self.rows]
 
     def holds(self, row: Row) -> bool:
@@ -204,15 +202,12 @@ class Rows:
         while len(row.blocks) < pool.needed(self.before + len(tokens)):
             row.blocks.append(pool.take())
 
-    def _count(self) -> None:
-        used = sum(pool.used for pool in self.pools)
-        if used > self.most_used:
-            self.most_used = used
-            # Of full blocks that rows share, the tokens are counted once.
-            block, seen, live = self.shape.block, set(), 0
-            for row in self.active():
-                for place, number in enumerate(row.blocks):
-                    if (self.part(row), number) not in seen:
-                        seen.add((self.part(row), number))
-                        live += max(0, min(block, row.cached - place * block))
-            self.live_then = live
+    def in_use(self) -> tuple[int, int]:
+        """Blocks of all pools in use, and the tokens in them; those of a shared one count once."""
+        live: dict[tuple[int, int], int] = {}
+        for row in self.active():
+            for place, number in enumerate(row.blocks):
+                filled = min(self.shape.block, row.cached - place * self.shape.block)
+                at = self.part(row), number
+                live[at] = max(live.get(at, 0), filled)
+        return sum(pool.used for pool in self.pools), sum(live.values())
