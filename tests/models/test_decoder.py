@@ -229,7 +229,8 @@ def test_decoder_is_the_reference(config, reference):
     for row, start, stop in DOCUMENTS:
         want = reference(exact, batch["tokens"][row, start:stop])
         assert want.std() > 0.5  # something to compare
-        np.testing.assert_allclose(logits[row, start:stop], want, rtol=0, atol=1e-5)
+        # Rounding of float32, which differs from CPU to CPU: 1.03e-5 was seen.
+        np.testing.assert_allclose(logits[row, start:stop], want, rtol=0, atol=2e-5)
         targets = batch["targets"][row, start:stop]
         picked = want[np.arange(stop - start), targets]
         nll += np.sum(np.log(np.sum(np.exp(want), -1)) - picked)
