@@ -42,7 +42,7 @@ def main(
     import jax  # here: a typo on the command line costs no import
 
     from experiment import read_experiment
-    from inference import decoding_rules, make_engine
+    from inference import decoder_weights, decoding_rules, make_engine
     from parallel.compilation import keep_compiled
     from parallel.mesh import make_mesh
     from prompt_tokens import lengths_of, requests_of, tokenizer_of
@@ -65,8 +65,9 @@ def main(
     with jax.set_mesh(mesh):
         model = experiment.build_model()
         _, params = saved_params(experiment, model, mesh, workdir, step, hf)
-        engine = make_engine(experiment, model, params, mesh, *lengths)
+        weights = decoder_weights(experiment, model, params)
         del params
+        engine = make_engine(experiment, weights, mesh, *lengths)
         since = time.perf_counter()
         show = shown_as_json if json else streamed if len(requests) == 1 else in_order
         for text in show(engine.run(requests), given):

@@ -12,7 +12,7 @@ from generation.engine import Engine
 from generation.sampling import Sampling
 from generation.steps import Steps
 from models.beside import beside_length
-from models.decode import kind_of, make_decoding, weights_of
+from models.decode import DecoderWeights, kind_of, make_decoding, weights_of
 from models.kv_cache import CacheShape
 from parallel.rules import Rules, make_rules
 from training.state import Model
@@ -95,22 +95,27 @@ def cache_shape(experiment: Experiment, rules: Rules, prompt: int, source: int =
 
 def make_engine(
     experiment: Experiment,
-    model: Model,
-    params: Any,
+    weights: DecoderWeights,
     mesh: jax.sharding.Mesh,
     prompt: int,
     source: int,
 ) -> Engine:
-    """What generates texts after prompts of so many tokens, and sources; `params` are used up."""
+    """What generates texts after prompts of so many tokens, and sources."""
     generate, rules = experiment.generate, decoding_rules(experiment)
-    compute = experiment.precision.compute
     decoding = make_decoding(
         experiment.model,
         rules,
         cache_shape(experiment, rules, prompt, source),
-        compute,
+        experiment.precision.compute,
         prefix=experiment.objective.name == "prefix_lm",
     )
     sampling = Sampling(generate.temperature, generate.top_k, generate.top_p, generate.min_p)
-    weights = weights_of(params, model.axes, rules, compute)
     return Engine(Steps(decoding, sampling), weights, mesh, experiment.seed)
+
+
+def decoder_weights(
+    experiment: Experiment, model: Model, params: Any, *, keep: bool = False
+) -> DecoderWeights:
+    """The weights of a model as generation takes them; `params` are used up unless kept."""
+    compute = experiment.precision.compute
+    return weights_of(params, model.axes, decoding_rules(experiment), compute, keep=keep)

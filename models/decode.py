@@ -257,9 +257,11 @@ def block_of(config: ModelConfig, layer: int) -> int:
     return layer % config.distinct
 
 
-def weights_of(params: Tree, axes: Tree, rules: Rules, compute: str) -> DecoderWeights:
+def weights_of(
+    params: Tree, axes: Tree, rules: Rules, compute: str, *, keep: bool = False
+) -> DecoderWeights:
     """Parameters at rest cast, laid out for the model and cut in blocks, one array after the other:
-    those of `params` are deleted as they go.
+    those of `params` are deleted as they go, unless they are to be kept.
     """
 
     def lay_out(array: Array, names: str) -> Array:
@@ -270,7 +272,8 @@ def weights_of(params: Tree, axes: Tree, rules: Rules, compute: str) -> DecoderW
 
     def consumed(function: Callable[..., Any], array: Array, names: str) -> Any:
         made = jax.jit(partial(function, names=names))(array)
-        if all(leaf is not array for leaf in jax.tree.leaves(made)):
+        # What needs no change is given on as it is.
+        if not keep and all(leaf is not array for leaf in jax.tree.leaves(made)):
             jax.block_until_ready(made)
             array.delete()
         return made
