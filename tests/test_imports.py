@@ -18,6 +18,7 @@ FLOORS = {
     "training": 2,
     "memory": 3,
     "hf": 3,
+    "harness": 3,
     "compress": 3,
 }
 COMMANDS = {path.stem for path in ROOT.glob("*.py")}
