@@ -39,7 +39,8 @@ def run_tasks(lm: HarnessLM, tasks: dict[str, Any], limit: int | None) -> dict[s
     found = evaluate(
         lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False
     )
-    return {name: _metrics(values) for name, values in found["results"].items()}
+    metrics = {name: _metrics(values) for name, values in found["results"].items()}
+    return {name: values for name, values in metrics.items() if values}  # groups may have none
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
