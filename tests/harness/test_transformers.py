@@ -12,19 +12,17 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from data.tokens import JsonTokenizer
+from harness.evaluation import run_tasks
+from harness.tasks import load_tasks
+from parallel.precision import PrecisionConfig
 from tests.harness import local
+from tests.hf import synthetic
+from tests.hf.parity import TEXT
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-lm_eval = pytest.importorskip("lm_eval")
-
-from data.tokens import JsonTokenizer
-from harness.evaluation import run_tasks
-from harness.lm import make_lm
-from harness.tasks import load_tasks
-from parallel.precision import PrecisionConfig
-from tests.hf import synthetic
-from tests.hf.parity import TEXT
+make_lm = pytest.importorskip("harness.lm").make_lm  # it imports lm-eval
 
 pytestmark = [
     pytest.mark.slow,
