@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,15 +36,14 @@ def tokenizer_for(experiment: Experiment, folder: Path) -> Tokenizer:
     Raises:
       ValueError: no such file, or it has tokens that the model has not.
     """
-
-    def untrained() -> Iterable[str]:
+    path = folder / "tokenizer.json"
+    if experiment.data.tokenizer == "bpe" and not path.is_file():
         raise ValueError(
-            f"config.data.tokenizer = 'bpe': {folder / 'tokenizer.json'} is not there; give the "
-            f"path of the checkpoint's tokenizer.json"
+            f"config.data.tokenizer = 'bpe': {path} is not there; give the path of the "
+            f"checkpoint's tokenizer.json"
         )
-
     marks = marks_of(experiment.objective)
-    return open_tokenizer(experiment.data, experiment.model.vocab_size, folder, untrained, marks)
+    return open_tokenizer(experiment.data, experiment.model.vocab_size, folder, lambda: (), marks)
 
 
 def on_tasks(

@@ -38,7 +38,8 @@ def load_tasks(names: Sequence[str], folder: Path | None, *, generates: bool) ->
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"--tasks: {error.name} is not installed; run pip install -e '.[tasks]'"
+            f"--tasks: {str(error.name).partition('.')[0]} is not installed; "
+            f"run pip install -e '.[tasks]'"
         ) from error
 
     manager = None
@@ -54,11 +55,10 @@ def load_tasks(names: Sequence[str], folder: Path | None, *, generates: bool) ->
         if not matches:
             raise ValueError(_unknown(name, folder, manager.all_tasks))
         found += matches
-    if folder is not None:
-        _localize(manager.task_index, found, folder)
+    files = {} if folder is None else _localize(manager.task_index, found, folder)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in dict.fromkeys(found):
-        for kind, items in _load(manager, name).items():
+        for kind, items in _load(manager, name, files.get(name)).items():
             loaded[kind] |= items
     for name, task in loaded["tasks"].items():
         _check_task(name, task, generates)
@@ -73,8 +73,8 @@ def _prepare() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # Its bootstrap would fork this process, whose threads JAX has started.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    for name in ("lm_eval", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it says is raised, too
 
 
 def _check_folder(folder: Path) -> None:
@@ -138,10 +138,11 @@ def _unknown(name: str, folder: Path | None, known: Sequence[str]) -> str:
     return f"--tasks={name}: {where}; {f'did you mean {close[0]}?' if close else more}"
 
 
-def _localize(index: dict[str, Any], names: Sequence[str], folder: Path) -> None:
-    """Puts the whole path of local data into the tasks of the folder."""
+def _localize(index: dict[str, Any], names: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Puts the whole path of local data into the tasks of the folder; their files."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    found: dict[str, Path] = {}
     for name in [name for name in _reached(index, names) if name in index]:
         entry = index[name]
         file = entry.yaml_path
@@ -155,7 +156,8 @@ def _localize(index: dict[str, Any], names: Sequence[str], folder: Path) -> None
         if config.get("dataset_path") in LOCAL and "data_files" in how:
             files = _whole(how["data_files"], file, name)
             config["dataset_kwargs"] = {**how, "data_files": files}
-        index[name] = replace(entry, yaml_path=None, cfg=config)
+        index[name], found[name] = replace(entry, yaml_path=None, cfg=config), file
+    return found
 
 
 def _whole(files: Any, file: Path, name: str) -> Any:
@@ -175,21 +177,14 @@ def _whole(files: Any, file: Path, name: str) -> Any:
     return str(path)
 
 
-def _load(manager: Any, name: str) -> dict[str, Any]:
+def _load(manager: Any, name: str, file: Path | None) -> dict[str, Any]:
     try:
         return manager.load([name])
     except Exception as error:  # of lm-eval, datasets, or a function of the task file
-        entry = manager.task_index.get(name)
-        config = (entry.cfg if entry is not None else None) or {}
-        where = f" ({config['dataset_kwargs']['data_files']})" if _has_files(config) else ""
-        words, hint = _words(error), ""
-        if "offline" in words.lower():
-            hint = "; HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0 before the command fetches it"
-        raise ValueError(f"--tasks={name}{where}: {words}{hint}") from error
-
-
-def _has_files(config: Mapping[str, Any]) -> bool:
-    return "data_files" in (config.get("dataset_kwargs") or {})
+        where, words = f"{file}: " if file is not None else "", _words(error)
+        offline = "offline" in words.lower()
+        hint = "; " + " ".join(f"{n}=0" for n in OFFLINE[:2]) + " fetches it" if offline else ""
+        raise ValueError(f"--tasks={name}: {where}{words}{hint}") from error
 
 
 def _words(error: BaseException) -> str:
