@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from data.tokens import train_bpe
 from tests.hf import synthetic
@@ -14,15 +16,34 @@ from tests.hf.parity import TEXT
 
 # 8 heads and an inner width that tensor 4 divides; the longest sequence is 48 tokens.
 GPT2 = replace(synthetic.GPT2, vocab_size=300, layers=2, max_length=48)
-END = "<|end|>"
+SIZES = {"vocab_size": 300, "layers": 2, "encoder_layers": 2, "max_length": 48}
+# T5 1.0, one table for all.
+T5 = replace(synthetic.T5, **SIZES, tied=True, head_scale=True, gated=False, activation="relu")
+END, PAD = "<|end|>", "<pad>"
 
 
 def checkpoint(path: Path, config=GPT2) -> Path:
-    """A folder of random weights, large enough that tokens differ in probability."""
+    """A folder of random weights, large enough that tokens differ in probability.
+
+    The tokenizer of an encoder-decoder has a padding token, which its targets start with, and puts
+    the end token after a text, as T5's.
+    """
     tensors = {n: 4 * a for n, a in synthetic.random_tensors(config).items()}
     synthetic.write_folder(path, config, tensors)
-    train_bpe([TEXT[:20_000]], 290, path / "tokenizer.json")
+    pairs = config.family == "encoder_decoder"
+    file = path / "tokenizer.json"
+    train_bpe([TEXT[:20_000]], 290, file, (PAD,) if pairs else ())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+    if pairs:
+        backend = Tokenizer.from_file(str(file))
+        end, pad = backend.token_to_id(END), backend.token_to_id(PAD)
+        backend.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=[(END, end)])
+        backend.save(str(file))
+        settings["pad_token"] = PAD
+        keys = json.loads((path / "config.json").read_text())
+        keys |= {"decoder_start_token_id": pad, "pad_token_id": pad, "eos_token_id": end}
+        del keys["bos_token_id"]
+        (path / "config.json").write_text(json.dumps(keys))
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return path
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from data.objective import ObjectiveConfig
 from data.tokens import JsonTokenizer
 from harness.evaluation import run_tasks
 from harness.tasks import load_tasks
@@ -19,15 +20,18 @@ from parallel.precision import PrecisionConfig
 from tests.harness import local
 from tests.hf import synthetic
 from tests.hf.parity import TEXT
+from tests.small import CAUSAL_LM, layout
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 make_lm = pytest.importorskip("harness.lm").make_lm  # it imports lm-eval
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("default"),  # theirs are not ours to mend
 ]
+torch.set_num_threads(1)  # its threads and those of 8 simulated devices wait for each other
 # Float32 in another order: log-probabilities of a text are sums of hundreds of terms of about 6.
 CLOSE = {"rel": 1e-6, "abs": 1e-4}
 LAYOUTS = {
@@ -101,25 +105,18 @@ def most_likely(lm, tokenizer, requests) -> list:
 
 
 @contextmanager
-def ours(files, **sizes):
-    """The same checkpoint here."""
-    with synthetic.opened(files.checkpoint, length=48, **sizes) as laid:
-        config = local.GPT2
-        params = synthetic.read(laid, config, files.checkpoint)
-        yield make_lm(
-            laid.model,
-            params,
-            config,
-            PrecisionConfig(),
-            laid.mesh,
-            files.tokenizer,
-            tokens=16 * 48,
-        )
+def ours(checkpoint, config=local.GPT2, objective=CAUSAL_LM, **sizes):
+    """A checkpoint here."""
+    with layout(config=config, objective=objective, length=48, source_length=48, **sizes) as laid:
+        params = synthetic.read(laid, config, checkpoint)
+        tokenizer = JsonTokenizer(checkpoint / "tokenizer.json")
+        precision, tokens = PrecisionConfig(), 16 * 48
+        yield make_lm(laid.model, params, config, precision, laid.mesh, tokenizer, tokens=tokens)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_tasks_have_the_same_scores(files, theirs, layout):
-    with ours(files, **LAYOUTS[layout]) as lm:
+@pytest.mark.parametrize("where", LAYOUTS)
+def test_tasks_have_the_same_scores(files, theirs, where):
+    with ours(files.checkpoint, **LAYOUTS[where]) as lm:
         more, want_continuations, want_texts, want_metrics = theirs
         continuations, texts, metrics = answers(lm, files.tasks, more)
         assert lm._scorer._step._cache_size() <= 5, "a program for each length"
@@ -133,6 +130,25 @@ def test_tasks_have_the_same_scores(files, theirs, layout):
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         got, want = metrics["texts"][name], want_metrics["texts"][name]
         assert math.log(got) == pytest.approx(math.log(want), rel=1e-6)
+
+
+def test_an_encoder_decoder_has_the_same_scores(files, tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
+    checkpoint = local.checkpoint(tmp_path / "t5", local.T5)
+    theirs = HFLM(pretrained=str(checkpoint), device="cpu", batch_size=4, dtype="float32")
+    assert (theirs.backend, theirs.max_length) == ("seq2seq", local.T5.max_length)
+    tasks = load_tasks(["choices", "texts"], files.tasks, generates=False)
+    continuations = requests_of("loglikelihood", tasks)[::2]
+    texts = requests_of("loglikelihood_rolling", tasks)[::2]
+    seq2seq = ObjectiveConfig("seq2seq")
+    with ours(checkpoint, local.T5, seq2seq, tensor=4, data=2) as lm:
+        got = lm.loglikelihood(continuations)
+        want = theirs.loglikelihood(continuations)
+        assert [one[0] for one in got] == pytest.approx([one[0] for one in want], **CLOSE)
+        assert [one[1] for one in got] == [one[1] for one in want]
+        want = theirs.loglikelihood_rolling(texts)
+        assert lm.loglikelihood_rolling(texts) == pytest.approx(want, **CLOSE)
 
 
 def test_texts_are_longer_than_the_model(files):
