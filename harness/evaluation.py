@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness.lm import HarnessLM
+if TYPE_CHECKING:
+    from harness.lm import HarnessLM  # which imports lm-eval
 
 # Resamples of metrics whose standard error has no closed form: good to 2%. (lm-eval's own 100,000
 # take minutes of one core.)

@@ -183,7 +183,7 @@ def _load(manager: Any, name: str, file: Path | None) -> dict[str, Any]:
     except Exception as error:  # of lm-eval, datasets, or a function of the task file
         where, words = f"{file}: " if file is not None else "", _words(error)
         offline = "offline" in words.lower()
-        hint = "; " + " ".join(f"{n}=0" for n in OFFLINE[:2]) + " fetches it" if offline else ""
+        hint = f"; set {OFFLINE[0]}=0 and {OFFLINE[1]}=0 to fetch it" if offline else ""
         raise ValueError(f"--tasks={name}: {where}{words}{hint}") from error
 
 
