@@ -4,7 +4,8 @@
 #   make lint types   ruff; mypy                                     (make format: let ruff rewrite)
 #   make clean        remove .venv and caches; runs/ stays
 # Variables: PYTHON (which Python makes .venv), VENV, STEPS and WORKDIR of the quickstart, TESTS (files to run),
-# EXTRAS (what is installed for tests: dev, or dev,parity to compare with transformers, too).
+# EXTRAS (what is installed for tests: dev; dev,tasks tests lm-eval's tasks, too; dev,tasks,parity compares with
+# transformers).
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -64,9 +64,9 @@ def main(
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         model = experiment.build_model()
-        _, params = saved_params(experiment, model, mesh, workdir, step, hf)
-        weights = decoder_weights(experiment, model, params)
-        del params
+        read = saved_params(experiment, model, mesh, workdir, step, hf)
+        weights = decoder_weights(experiment, model, read.params)
+        del read
         engine = make_engine(experiment, weights, mesh, *lengths)
         since = time.perf_counter()
         show = shown_as_json if json else streamed if len(requests) == 1 else in_order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -13,6 +14,14 @@ from training.checkpoint import Checkpoints
 from training.state import Model, Tree, placed_params
 
 
+class Read(NamedTuple):
+    """Restored master parameters, their step (None of a Hugging Face checkpoint), their folder."""
+
+    params: Tree
+    step: int | None
+    source: Path
+
+
 def saved_params(
     experiment: Experiment,
     model: Model,
@@ -20,8 +29,8 @@ def saved_params(
     workdir: Path | None,
     step: int | None,
     hf: Path | None,
-) -> tuple[int | None, Tree]:
-    """The step they are of (None of a Hugging Face checkpoint), and the master parameters.
+) -> Read:
+    """The parameters of a run, or of a Hugging Face checkpoint.
 
     Args:
       workdir: of the run, where `hf` is not given.
@@ -35,10 +44,10 @@ def saved_params(
             raise ValueError(f"--step={step}: --hf has no steps; leave it out")
         folder = open_folder(hf, "--hf")
         tensors = find_params(folder, experiment.model, model, experiment.precision)
-        return None, read_params(tensors, model, experiment.precision, mesh)
+        return Read(read_params(tensors, model, experiment.precision, mesh), None, hf)
     assert workdir is not None
     checkpoints = Checkpoints(workdir / "checkpoints")
     wanted = placed_params(model, experiment.precision, mesh)
     found, state = checkpoints.restore(step, {"params": wanted}, partial=True)
     checkpoints.close()
-    return found, state["params"]
+    return Read(state["params"], found, workdir / "checkpoints" / str(found))

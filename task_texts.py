@@ -66,7 +66,7 @@ class TaskTexts:
                 number, [tokenizer.start_id], text, most, source=source[-model.max_length :]
             )
         most = min(most, model.max_length // 2)
-        tokens = tokenizer.encode_prompt(prompt).tolist() or [tokenizer.end_id]
+        tokens = tokenizer.encode(prompt).tolist() or [tokenizer.end_id]
         return Request(number, tokens[-(model.max_length - most) :], text, most)
 
     def _engine_for(self, kind: tuple[float, ...], requests: list[Request]) -> Engine:

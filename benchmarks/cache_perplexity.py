@@ -44,7 +44,7 @@ def main() -> None:
     result: dict[str, Any] = {"config": str(options.workdir.name), "jax": jax.__version__}
     with jax.set_mesh(mesh):
         model = experiment.build_model()
-        step, params = saved_params(experiment, model, mesh, options.workdir, None, None)
+        params, step, _ = saved_params(experiment, model, mesh, options.workdir, None, None)
         compute = experiment.precision.compute
         weights = weights_of(params, model.axes, model.rules, compute)
         rows, length = experiment.data.batch_size, experiment.data.sequence_length

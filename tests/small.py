@@ -56,7 +56,7 @@ def objective_of(config: ModelConfig) -> ObjectiveConfig:
     if config.family == "encoder":
         tasks = dict(config.tasks)
         return ObjectiveConfig("masked_lm" if config.token_head else "classification", tasks=tasks)
-    return CAUSAL_LM
+    return ObjectiveConfig("seq2seq") if config.family == "encoder_decoder" else CAUSAL_LM
 
 
 def numpy_batch(seed: int = 0, rows: int = B, length: int = T) -> dict[str, np.ndarray]:

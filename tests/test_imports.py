@@ -19,6 +19,7 @@ FLOORS = {
     "generation": 2,
     "memory": 3,
     "hf": 3,
+    "harness": 3,
     "compress": 3,
 }
 COMMANDS = {path.stem for path in ROOT.glob("*.py")}

@@ -33,7 +33,8 @@ def test_every_module_and_package_is_installed():
 @pytest.mark.parametrize("version", ["3.11", "3.12"])
 def test_every_requirement_is_pinned(version):
     extras = PROJECT["project"]["optional-dependencies"]
-    needed = wanted(PROJECT["project"]["dependencies"] + extras["dev"] + extras["hf"])
+    optional = extras["dev"] + extras["hf"] + extras["tasks"]
+    needed = wanted(PROJECT["project"]["dependencies"] + optional)
     assert needed <= set(pins(version))
 
 

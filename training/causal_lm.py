@@ -15,7 +15,7 @@ from training.functional import functional
 from training.losses import LossConfig
 from training.micro_batches import Batch, Weights
 from training.state import Model
-from training.token_loss import token_loss
+from training.token_loss import score_tokens, token_loss
 
 Sums = tuple[jax.Array, dict[str, jax.Array]]
 
@@ -67,6 +67,10 @@ def next_token(
     ) -> jax.Array:
         return model.run_blocks(x_BTD, batch, key, first, weights.tokens_BT)[0]
 
+    def scores(model: Decoder, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        features_BTD = model.to_head(model(batch))
+        return score_tokens(model.head(), features_BTD, batch["targets"], config, loss, rules)
+
     cut = Cut(
         embed=lambda model, *args: model.embed(*args),
         blocks=blocks,
@@ -76,4 +80,4 @@ def next_token(
         layers=config.layers,
         period=len(config.pattern),
     )
-    return functional(build, rules, whole, cut, pipeline)
+    return functional(build, rules, whole, cut, pipeline, scores)

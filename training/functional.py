@@ -24,6 +24,7 @@ def functional(
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
     cut: Cut,
     pipeline: PipelineConfig | None = None,
+    scores: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
 ) -> Model:
     """The `Model` of a module.
 
@@ -33,6 +34,7 @@ def functional(
       loss: (module, batch, weights, key or None) -> (float32 sum, float32 sums).
       cut: the same in parts, each of them a function of the module, too.
       pipeline: how the stages work together.
+      scores: (module, batch) -> what each target is worth (`Model.scores`).
     """
     # What is static about the model, without computing anything.
     module = nnx.eval_shape(lambda: build(jax.random.key(0)))
@@ -48,4 +50,5 @@ def functional(
         return lambda params, *args: function(nnx.merge(graph, params), *args)
 
     parts = replace(cut, embed=pure(cut.embed), blocks=pure(cut.blocks), loss=pure(cut.loss))
-    return Model(init, axes, pure(loss), rules, parts, pipeline)
+    pure_scores = None if scores is None else pure(scores)
+    return Model(init, axes, pure(loss), rules, parts, pipeline, scores=pure_scores)

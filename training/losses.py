@@ -87,7 +87,7 @@ def cross_entropy(
     return loss_sum, jax.tree.map(lax.stop_gradient, aux)
 
 
-def token_nll(
+def token_scores(
     hidden_BTD: Array,
     table: Array,
     targets_BT: Array,
@@ -95,16 +95,18 @@ def token_nll(
     rules: Rules,
     vocab_size: int,
     table_axes: str = "vocab -> embed",
+    bias: Array | None = None,
     chunk: int = 1024,
     softcap: float | None = None,
-) -> Array:
-    """-log p(target) of every token, float32 [B, T], for evaluation; else like `cross_entropy`."""
+) -> tuple[Array, Array]:
+    """Of every token -log p(target) and 1 where no logit is larger, float32 [B, T]; no gradient."""
     head = _Head(rules, vocab_size, table_axes, chunk, softcap, 0.0)
+    weights = (table,) if bias is None else (table, bias)
     ones_BT = jnp.ones(targets_BT.shape, jnp.float32, out_sharding=rules.spec("batch seq"))
-    return lax.stop_gradient(_cross_entropy(head, hidden_BTD, (table,), targets_BT, ones_BT)[2])
+    return lax.stop_gradient(_cross_entropy(head, hidden_BTD, weights, targets_BT, ones_BT)[2])
 
 
-Outputs = tuple[Array, dict[str, Array], Array]  # loss_sum, aux, nll_BT
+Outputs = tuple[Array, dict[str, Array], tuple[Array, Array]]  # loss_sum, aux, (nll_BT, correct_BT)
 HeadWeights = tuple[Array, ...]  # the table, and the bias if there is one
 Extra = list[tuple[int, tuple[str, ...]]]  # dims and mesh axes
 
@@ -213,7 +215,7 @@ def _local(
     sums = [jnp.sum(weights * a) for a in (nll, lse * lse, correct)]
     nll_sum, z_sum, correct_sum = _psum(jnp.stack(sums), batch)
     aux = {"nll_sum": nll_sum, "z_sum": z_sum, "correct_sum": correct_sum}
-    outputs = nll_sum + head.z_loss * z_sum, aux, nll
+    outputs = nll_sum + head.z_loss * z_sum, aux, (nll, correct)
     if d_used is None:
         return outputs, ()
 

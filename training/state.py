@@ -52,6 +52,8 @@ class Model:
       cut: the same model in parts, for stages.
       pipeline: how the stages work together.
       frozen: canonical names of the parameters that are not trained (`training.frozen`).
+      scores: (params for the model, batch) -> (-log p of every target, 1 where it is the most
+        likely token), float32 [B, T]; None where no next token is predicted.
     """
 
     init: Callable[[jax.Array], Tree]
@@ -61,6 +63,7 @@ class Model:
     cut: Cut | None = None
     pipeline: PipelineConfig | None = None
     frozen: frozenset[str] = frozenset()
+    scores: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
     def trained(self, tree: Tree) -> Tree:
         """A tree like the parameters, with None, which is nothing to JAX, for the frozen ones.

@@ -10,7 +10,7 @@ import jax
 from models.config import ModelConfig
 from models.tables import Head
 from parallel.rules import Rules
-from training.losses import LossConfig, cross_entropy
+from training.losses import LossConfig, cross_entropy, token_scores
 from training.micro_batches import Batch, Weights
 
 
@@ -40,4 +40,26 @@ def token_loss(
         chunk=loss.chunk,
         softcap=config.logit_softcap or None,
         z_loss=loss.z_loss,
+    )
+
+
+def score_tokens(
+    head: Head,
+    features_BTD: jax.Array,
+    targets_BT: jax.Array,
+    config: ModelConfig,
+    loss: LossConfig,
+    rules: Rules,
+) -> tuple[jax.Array, jax.Array]:
+    """`token_scores` of targets, of which none is weighted."""
+    return token_scores(
+        features_BTD,
+        head.weight,
+        targets_BT,
+        rules=rules,
+        vocab_size=config.vocab_size,
+        table_axes=head.axes,
+        bias=head.bias,
+        chunk=loss.chunk,
+        softcap=config.logit_softcap or None,
     )

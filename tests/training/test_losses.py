@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from parallel.mesh import AXES, MeshConfig
 from parallel.rules import ParallelConfig, make_rules
-from training.losses import LossConfig, cross_entropy, token_nll
+from training.losses import LossConfig, cross_entropy, token_scores
 
 B, T, D, V, REAL = 8, 12, 32, 256, 200
 FULL = {"softcap": 5.0, "z_loss": 1e-2}
@@ -213,20 +213,22 @@ def test_a_scaled_loss_scales_its_gradient(use_mesh):
         assert relative(jax.jit(jax.grad(loss))(x), 3 * oracle()[3][0]) < 1e-5
 
 
-def test_evaluation_gives_the_nll_of_each_token(use_mesh):
+def test_evaluation_scores_each_token(use_mesh):
     sizes = {"data": 2, "fsdp": 2, "tensor": 2}
     with use_mesh(**sizes):
         rules = rules_for(**sizes)
-        x, table, targets, _ = sample()
+        x, table, targets, weights = sample()
         x = jax.device_put(x, rules.spec("batch seq act_embed"))
         table = jax.device_put(table, rules.in_model(VD, table.shape))
         targets = jax.device_put(targets, rules.spec("batch seq"))
-        head = jax.jit(
-            lambda x, t, y: token_nll(x, t, y, rules=rules, vocab_size=REAL, chunk=5, softcap=5.0)
-        )
-        nll_BT = head(x, table, targets)
-        program = head.lower(x, table, targets).compile().as_text()
-    np.testing.assert_allclose(nll_BT, oracle(softcap=5.0)[1], rtol=2e-6, atol=2e-6)
+        bias = jax.device_put(sample_bias(), rules.in_model("vocab", (V,)))
+        how = {"rules": rules, "vocab_size": REAL, "chunk": 5, "softcap": 5.0}
+        head = jax.jit(lambda x, t, y, b: token_scores(x, t, y, bias=b, **how))
+        nll_BT, most_likely_BT = head(x, table, targets, bias)
+        program = head.lower(x, table, targets, bias).compile().as_text()
+    want = oracle(softcap=5.0, biased=True)
+    np.testing.assert_allclose(nll_BT, want[1], rtol=2e-6, atol=2e-6)
+    assert np.sum(weights * most_likely_BT) == pytest.approx(want[2], rel=1e-5)
     # Without differentiation there is one product, the logits: no gradient is formed and dropped.
     assert program.count(" dot(") == 1
 

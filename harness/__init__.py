@@ -1,0 +1,1 @@
+"""Standard evaluation: the tasks of lm-eval on a model under any layout."""
