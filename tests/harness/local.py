@@ -22,13 +22,17 @@ T5 = replace(synthetic.T5, **SIZES, tied=True, head_scale=True, gated=False, act
 END, PAD = "<|end|>", "<pad>"
 
 
-def checkpoint(path: Path, config=GPT2) -> Path:
+def checkpoint(path: Path, config=GPT2, biases: float = 4) -> Path:
     """A folder of random weights, large enough that tokens differ in probability.
+
+    Biases are `biases` times as large as drawn: if they are large, one token is the likeliest after
+    every text.
 
     The tokenizer of an encoder-decoder has a padding token, which its targets start with, and puts
     the end token after a text, as T5's.
     """
-    tensors = {n: 4 * a for n, a in synthetic.random_tensors(config).items()}
+    drawn = synthetic.random_tensors(config).items()
+    tensors = {n: (biases if n.endswith("bias") else 4) * a for n, a in drawn}
     synthetic.write_folder(path, config, tensors)
     pairs = config.family == "encoder_decoder"
     file = path / "tokenizer.json"

@@ -140,22 +140,23 @@ def test_tasks_have_the_same_scores(files, theirs, where):
 
 
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "tensor": 4}])
-def test_generated_texts_are_the_same(files, mesh):
+def test_generated_texts_are_the_same(files, tmp_path, mesh):
     """Greedy, of prompts longer than the model too, up to the first stop."""
     from lm_eval.models.huggingface import HFLM
 
-    theirs = HFLM(pretrained=str(files.checkpoint), device="cpu", batch_size=4, dtype="float32")
+    checkpoint = local.checkpoint(tmp_path / "gpt2", biases=0)
+    theirs = HFLM(pretrained=str(checkpoint), device="cpu", batch_size=4, dtype="float32")
     tasks = load_tasks(["answers"], files.tasks, generates=True)
     requests = requests_of("generate_until", tasks)
     values = {f"config.mesh.{axis}": size for axis, size in mesh.items()}
     values |= {"config.data.sequence_length": 48, "config.data.batch_size": 8}
     config = with_values(base.get_config(), values)
-    config = with_checkpoint(config, files.checkpoint, "--hf", [])
+    config = with_checkpoint(config, checkpoint, "--hf", [])
     experiment = read_experiment(config, 8, training=False)
     devices = make_mesh(experiment.mesh)
     with jax.set_mesh(devices):
         model = experiment.build_model()
-        params = saved_params(experiment, model, devices, None, None, files.checkpoint).params
+        params = saved_params(experiment, model, devices, None, None, checkpoint).params
         texts = TaskTexts(experiment, model, params, devices, files.tokenizer)
         got = texts([r.args[0] for r in requests], [dict(r.args[1]) for r in requests])
         assert got == theirs.generate_until(requests)
