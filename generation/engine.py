@@ -57,6 +57,7 @@ class Engine:
         config, self._mesh, self._weights = decoding.config, mesh, weights
         self._rules, self._most = decoding.rules, decoding.shape.slots - config.image_tokens
         self._sources = decoding.shape.source if config.family == "encoder_decoder" else 0
+        self._prefix = decoding.prefix
         # A ring or a source is a row's own: who shares blocks would lack it.
         own = "local" in config.pattern or config.cross != "none" or config.image_tokens > 0
         self.rows = Rows(
@@ -172,6 +173,8 @@ class Engine:
         length = min(_power_of_two(max(LEAST, *map(len, new))), self._most)
         batch = {"tokens": _padded(new, length)}
         requests = [None if row is None else row.request for row in places]
+        if self._prefix:  # a text that is read again goes on after its prompt
+            batch["prefix"] = np.asarray([0 if r is None else len(r.prompt) for r in requests])
         if self._sources:
             sources = [(r.source or []) if r else [] for r in requests]
             lengths = np.asarray([[len(source)] for source in sources])

@@ -89,7 +89,7 @@ class Decoding:
 
         Args:
           batch: `tokens` [B, T], padded on the right, and what else the model reads: `patches`, or
-            the arrays of a source.
+            the arrays of a source; `prefix`, where tokens follow a prompt already.
           count_B: tokens of each prompt; of a row with 0 nothing is kept.
           row_B, table_BN: as in `models.cached_attention.Places`.
 
@@ -101,7 +101,7 @@ class Decoding:
         segments_BT = (index_BT < count_B[:, None]).astype(jnp.int32)
         batch = {**batch, "positions": index_BT, "segments": segments_BT}
         if self.prefix:
-            batch["prefix"] = count_B
+            batch.setdefault("prefix", count_B)
         memory, image = None, self.config.image_tokens
         if isinstance(model, MemoryDecoder):
             memory = Memory(model.features(batch), model.segments(batch))

@@ -169,10 +169,13 @@ def test_every_layout_gives_the_same_texts(sizes, kind, sampling):
         assert texts(engine, prompts_of("decoder")) == want("decoder", sampling)
 
 
-def test_a_small_pool_makes_texts_wait_and_changes_none():
+@pytest.mark.parametrize(
+    "name", ["decoder", *(pytest.param(n, marks=pytest.mark.slow) for n in ("prefix", "windows"))]
+)
+def test_a_small_pool_makes_texts_wait_and_changes_none(name):
     """Room for one text and a half: the youngest gives way and is read again."""
-    with engine_of("decoder", {}, DRAWN, paged=True, blocks=9) as engine:
-        assert texts(engine, prompts_of("decoder")) == want("decoder", DRAWN)
+    with engine_of(name, {}, DRAWN, paged=True, blocks=9) as engine:
+        assert texts(engine, prompts_of(name)) == want(name, DRAWN)
         assert engine.rows.gave_way > 0
         assert engine.rows.most_used <= 9
         check_all_free(engine)
