@@ -241,9 +241,12 @@ def attend_over(
     def scale_BCGTS(scale: Array) -> Array:
         return jnp.einsum(like, scale)[:, :, None, None]
 
+    # Keys stand first: XLA:CPU transposes the second factor of a product where that dim is summed
+    # over which lies next to each other, and the first one where it is not.
     s = jnp.einsum(
-        f"bcgth,{dims}->bcgts", q_BCGTH, k.astype(q_BTNH.dtype), preferred_element_type=jnp.float32
+        f"{dims},bcgth->bcsgt", k.astype(q_BTNH.dtype), q_BCGTH, preferred_element_type=jnp.float32
     )
+    s = jnp.moveaxis(s, 2, 4)
     if scales[0] is not None:
         s = s * scale_BCGTS(scales[0])
     s = core.capped(s)

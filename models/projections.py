@@ -86,7 +86,9 @@ class Projections(nnx.Module):
     def merge(self, out_BTNH: jax.Array) -> jax.Array:
         """y_BTD in the residual stream's layout."""
         residual = self.rules.spec("batch residual_seq act_embed")
-        y_BTD = einsum("btnh,nhd->btd", out_BTNH, self.out.get_value(), residual)
+        # g are the heads: jnp.einsum sums over dims in the order of their letters, and XLA:CPU
+        # transposes a weight that has them in another order, at every token where text is made.
+        y_BTD = einsum("btgh,ghd->btd", out_BTNH, self.out.get_value(), residual)
         if self.out_bias is not None:
             y_BTD = y_BTD + broadcast_to_rank(gathered(self.out_bias, self.rules), 3)
         return y_BTD
