@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from experiment import Experiment
+from memory.inference_job import InferenceJob
 from models.beside import beside_length
 from models.decode import kind_of
 from models.kv_cache import CacheShape
@@ -83,4 +84,27 @@ def cache_shape(experiment: Experiment, rules: Rules, prompt: int, source: int =
         block=generate.block_size,
         blocks=blocks // parts,
         source=beside,
+    )
+
+
+def inference_job(experiment: Experiment, prompt: int = 0, source: int = 0) -> InferenceJob:
+    """Generation for the planner.
+
+    Args:
+      prompt: tokens of the longest prompt; 0: as `prompt_length` says.
+      source: tokens of the longest source; 0: `config.data.source_length`.
+
+    Raises:
+      ValueError: of `decoding_rules` or `cache_shape`.
+    """
+    rules = decoding_rules(experiment)
+    prompt = prompt or prompt_length(experiment)
+    return InferenceJob(
+        model=experiment.model,
+        mesh=experiment.mesh,
+        precision=experiment.precision,
+        objective=experiment.objective,
+        rules=rules,
+        shape=cache_shape(experiment, rules, prompt, source),
+        prompt=prompt,
     )
