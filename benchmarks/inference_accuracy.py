@@ -194,7 +194,7 @@ def markdown(found: list[Error]) -> str:
                 f"| {name} | {s['programs']} | {s['median']:.1f}% | {s['p95']:.1f}% | "
                 f"{s['worst']:.1f}% | {s['arguments_worst']:.2f}% |"
             )
-    lines += ["", "| target | shape | program | layout | decides | predicted GiB | compiled GiB | "]
+    lines += ["", "| target | shape | program | layout | part | predicted GiB | compiled GiB | "]
     lines[-1] += "error |"
     lines.append("| --- |" + " --- |" * 7)
     for e in sorted(found, key=lambda e: -abs(e.total)):
@@ -225,7 +225,7 @@ SOURCE = (
     "Written by `python benchmarks/inference_accuracy.py`; every cell's raw figures are in "
     "benchmarks/results/inference_accuracy.jsonl. Bytes per device; the compiler's are arguments + "
     "outputs + temporaries - aliases, with jax 0.10.2, libtpu 0.0.42.1, cuDNN 9.10. No constant was "
-    "chosen on these cells. \"Decides\" is the part of the program that needs most, by prediction. "
+    "chosen on these cells. The part is the one of the program that needs most, by prediction. "
     "Cells on which a compiler failed are in the file as failed and not here."
 )
 

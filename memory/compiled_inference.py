@@ -26,7 +26,8 @@ def lower_phase(job: InferenceJob, phase: str, devices: list[Any]) -> jax.stages
     mesh = make_mesh(job.mesh, devices)
     with jax.set_mesh(mesh):
         function, shapes = job.programs(mesh)[phase]
-        return jax.jit(function, donate_argnums=DONATED).lower(*shapes)
+        # What a phase does not read, such as an encoder's weights, is on the device all the same.
+        return jax.jit(function, donate_argnums=DONATED, keep_unused=True).lower(*shapes)
 
 
 def compile_inference(job: InferenceJob, target: Target) -> dict[str, Compiled]:

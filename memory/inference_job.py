@@ -130,12 +130,14 @@ class InferenceJob:
         return Cache(layers, segments)
 
     def resized(self, *, rows: int | None = None, slots: int | None = None) -> InferenceJob:
-        """The same with other rows, or with room for other tokens, prompts of which are as long
-        as they can be; a pool of as many blocks as all rows need.
+        """The same with other rows, or with room for other tokens, prompts of which are as much
+        longer or shorter (beside a source: what is generated); a pool of as many blocks as all rows
+        need.
         """
         shape = replace(self.shape, rows=rows or self.shape.rows, slots=slots or self.shape.slots)
         if shape.block:
             parts = self.rules.parts("batch")
             shape = replace(shape, blocks=shape.rows // parts * shape.row_blocks)
-        prompt = self.prompt if slots is None else self.prompt + slots - self.shape.slots
+        fixed = self.model.family == "encoder_decoder"
+        prompt = self.prompt if fixed else self.prompt + shape.slots - self.shape.slots
         return replace(self, shape=shape, prompt=prompt)

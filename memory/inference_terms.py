@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
 
 from memory.inference_job import InferenceJob
 from models.attention import form_for
 from models.beside import encoder_beside
+from models.config import ModelConfig
 from models.experts import at_experts
-from models.kv_cache import SCALE, Kept, is_ring
+from models.kv_cache import POOL as POOL_DIMS
+from models.kv_cache import SCALE, Kept, is_ring, repeats
 from models.weights import model_weights
 from parallel.chips import Chip
 from parallel.dispatch import row_count
 from parallel.footprint import ITEM, Activation, Weight, activation_bytes, elements, tiled_size
-from parallel.rules import Rules
+from parallel.rules import is_stacked
 from training.batch_arrays import BatchArray
 
 ITEMS = ITEM | {"int8": 1}
@@ -46,15 +49,7 @@ class InferenceTerms:
     @cached_property
     def weights(self) -> int:
         """Of all blocks, and of what stands outside the stack, as decoding lays them out."""
-        block, outside = self.weight_list
-        rules, item = self.job.rules, ITEM[self.job.compute]
-        number = self.job.model.blocks
-
-        def laid_out(weight: Weight) -> int:
-            spec = rules.in_model(weight.axes, weight.shape)
-            return elements(weight, spec, rules, tiled=self.tiled)
-
-        return item * (number * sum(map(laid_out, block)) + sum(map(laid_out, outside)))
+        return self.block_weights + sum(map(self._laid_out, self.weight_list[1]))
 
     @cached_property
     def weight_list(self) -> tuple[list[Weight], list[Weight]]:
@@ -117,3 +112,218 @@ class InferenceTerms:
     def logits(self) -> int:
         """float32, whole on every device of a row: what a program gives back beside the cache."""
         return self.rows * self.job.model.padded_vocab * 4
+
+    # --- tensors of one call ----------------------------------------------------------------------
+
+    @cached_property
+    def item(self) -> int:
+        return ITEM[self.job.compute]
+
+    @property
+    def gathers(self) -> bool:
+        """Whether weights are gathered where they are used."""
+        return self.job.rules.zero == 3 and self.fsdp > 1
+
+    @property
+    def fsdp(self) -> int:
+        return self.job.mesh.fsdp
+
+    @cached_property
+    def layer_weights(self) -> int:
+        """One layer's weights as they are used."""
+        rules = self.job.rules
+        return self.item * sum(
+            elements(w, rules.gathered(w.axes, w.shape), rules, tiled=self.tiled)
+            for w in self.weight_list[0]
+        )
+
+    @property
+    def table(self) -> int:
+        """A table of the vocabulary as it is used."""
+        model = self.job.model
+        parts = self.job.rules.parts("act_vocab")
+        return model.padded_vocab // parts * model.table_dim * self.item
+
+    @cached_property
+    def kept_scores(self) -> int:
+        """Scores of one token of each row over the slots of the cache, float32."""
+        model, rules, shape = self.job.model, self.job.rules, self.job.shape
+        heads = model.heads // rules.parts("act_heads")
+        return self.rows * heads * max(shape.slots, shape.source) * 4
+
+    @cached_property
+    def largest_read(self) -> Read:
+        """What one layer reads out of a pool, of the layer that reads most."""
+        shape = self.job.shape
+        if not shape.block:
+            return Read(0, 0)
+        pools = [layer["key"] for layer in self.job.cache if layer["key"].dims == POOL_DIMS]
+        if not pools:
+            return Read(0, 0)
+        heads = pools[0].shape[0] // self.job.rules.parts("act_heads")
+        sizes = self.rows * shape.row_blocks * shape.block, heads, self.job.model.head_dim
+        minor = -(-sizes[-1] // 128) * 128 if self.tiled else sizes[-1]
+        elements = 2 * math.prod(sizes[:-1]) * minor  # keys and values
+        return Read(elements * ITEMS[pools[0].dtype], elements * (pools[0].dtype == "int8"))
+
+    @property
+    def unaligned(self) -> bool:
+        """Whether the parts of a table that are gathered are no whole tiles of a TPU."""
+        return self.tiled and self.job.model.table_dim // self.fsdp % 128 > 0
+
+    @cached_property
+    def recast(self) -> int:
+        """An encoder's stacked weights as the loop over its layers reads them on a TPU, which
+        multiplies float32 in one pass of bfloat16.
+        """
+        if not (self.tiled and self.job.compute == "float32"):
+            return 0
+        stacked = [w for w in self.weight_list[1] if is_stacked(w.axes)]
+        return sum(map(self._laid_out, stacked)) // 2
+
+    @cached_property
+    def block_weights(self) -> int:
+        """Of all blocks, as decoding lays them out."""
+        return self.job.model.blocks * sum(map(self._laid_out, self.weight_list[0]))
+
+    @cached_property
+    def largest_weight(self) -> int:
+        """The largest matrix of a block."""
+        return max(map(self._laid_out, self.weight_list[0]))
+
+    def _laid_out(self, weight: Weight) -> int:
+        """Bytes of a weight on one device, as decoding lays it out."""
+        rules = self.job.rules
+        spec = rules.in_model(weight.axes, weight.shape)
+        return ITEM[self.job.compute] * elements(weight, spec, rules, tiled=self.tiled)
+
+    def stream(self, length: int | None = None, model: ModelConfig | None = None) -> Stream:
+        """The tensors of a layer for rows of `length` tokens; default: the prompt and its image."""
+        length = self.job.prompt + self.job.model.image_tokens if length is None else length
+        return Stream(self, self.job.model if model is None else model, length)
+
+    @cached_property
+    def beside(self) -> Stream | None:
+        """The same of an encoder beside the decoder."""
+        model = encoder_beside(self.job.model)
+        if model is None:
+            return None
+        vision = self.job.model.family == "vision_language"
+        return self.stream(model.vision.patches if vision else self.job.shape.source, model)
+
+
+class Read(NamedTuple):
+    """Keys and values of one layer out of a pool: bytes, and elements that are int8."""
+
+    pooled: int
+    int8: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tensors of one layer of `model` for the rows of a device, bytes."""
+
+    terms: InferenceTerms
+    model: ModelConfig
+    length: int
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Logical dim -> its size over all devices."""
+        model, job = self.model, self.terms.job
+        rows, experts = job.shape.rows, model.experts
+        found = {
+            "batch": rows,
+            "seq": self.length,
+            "keys": self.length,
+            "act_embed": model.embed_dim,
+            "act_heads": model.heads,
+            "act_kv_heads": model.kv_heads,
+            "head_dim": model.head_dim,
+            "act_mlp": model.feed_forward_dim,
+        }
+        if experts.number:
+            choices = rows, self.length, experts.per_token
+            found["groups"] = job.rules.parts("groups")
+            found["rows"] = row_count(choices, experts.number, job.rules)
+            found["slot_embed"] = model.embed_dim
+        return found
+
+    def of(self, dims: str, dtype: str = "compute") -> int:
+        """Bytes of a tensor with these logical dims."""
+        dtypes = {"compute": self.terms.job.compute}
+        return activation_bytes(
+            [Activation("", dims, dtype)], self.sizes, self.terms.job.rules, dtypes
+        )
+
+    @cached_property
+    def narrow(self) -> int:
+        return self.of("batch seq act_embed")
+
+    @cached_property
+    def wide(self) -> int:
+        experts = replace(self.model.experts, capacity=0.0)  # no token is dropped
+        inside = at_experts(replace(self.model, experts=experts)) if experts.number else "batch seq"
+        return self.of(f"{inside} act_mlp")
+
+    @cached_property
+    def at_experts(self) -> int:
+        """Rows sorted by expert, [rows, D]; 0 without experts."""
+        return self.of("groups rows act_embed") if self.model.experts.number else 0
+
+    @cached_property
+    def heads(self) -> int:
+        return self.of("batch seq act_heads head_dim")
+
+    @cached_property
+    def kv(self) -> int:
+        """Keys, or values, as they are kept: one of each part where heads are fewer."""
+        times = repeats(self.model, self.terms.job.rules)
+        divided = times > 1
+        one = self.of(f"batch seq {'act_heads' if divided else 'act_kv_heads'} head_dim")
+        return one * self.model.kv_heads * times // self.model.heads if divided else one
+
+    @cached_property
+    def form(self) -> str:
+        """The form of attention that will run."""
+        model = self.model
+        return form_for(
+            model.attention,
+            self.terms.chip.kind,
+            self.length,
+            model.head_dim,
+            self.terms.job.compute,
+            softcap=model.attention_softcap > 0,
+            biased=model.family != "vision",
+            added=model.positions == "relative",
+        )
+
+    @cached_property
+    def scores(self) -> int:
+        """float32 scores of the form that has them whole."""
+        whole = self.form == "xla"
+        return whole * self.of("batch act_heads seq keys", "float32")
+
+    @cached_property
+    def blocks(self) -> int:
+        """What the blocked form sums, float32 [tokens, heads, H]."""
+        return (self.form == "blocked") * self.of("batch seq act_heads head_dim", "float32")
+
+    @cached_property
+    def bias(self) -> int:
+        """What is the same for all layers: cuDNN's mask as a bias, relative positions."""
+        mask = self.of("batch seq keys") if self.form == "cudnn" and self.model.causal else 0
+        relative = self.model.positions == "relative"
+        return mask + relative * self.of("act_heads seq keys", "float32")
+
+    @cached_property
+    def angles(self) -> int:
+        """Sines and cosines of rotary positions."""
+        turns = self.model.positions == "rope"
+        kinds = 2 if self.model.rope_local_theta and len(self.model.pattern) > 1 else 1
+        return turns * kinds * self.of("batch seq") * self.model.head_dim
+
+    @property
+    def divided(self) -> bool:
+        """Whether products are summed over devices."""
+        return self.terms.job.rules.parts("act_mlp") > 1
