@@ -146,8 +146,8 @@ def errors(rows: list[dict[str, Any]]) -> list[Error]:
     found = []
     for row in rows:
         prediction = predict_inference(make_job(row), parse_target(row["target"]).chip)
-        for phase in PHASES:
-            compiled, said = row["compiled"]["programs"][phase], prediction.programs[phase]
+        for phase, compiled in row["compiled"]["programs"].items():
+            said = prediction.programs[phase]
             found.append(
                 Error(
                     row,
@@ -224,8 +224,8 @@ def layout(overrides: dict[str, Any]) -> str:
 SOURCE = (
     "Written by `python benchmarks/inference_accuracy.py`; every cell's raw figures are in "
     "benchmarks/results/inference_accuracy.jsonl. Bytes per device; the compiler's are arguments + "
-    "outputs + temporaries - aliases, with jax 0.10.2, libtpu 0.0.42.1, cuDNN 9.10. No constant was "
-    "chosen on these cells. The part is the one of the program that needs most, by prediction. "
+    "outputs + temporaries - aliases, with jax 0.10.2, libtpu 0.0.42.1, cuDNN 9.10. No constant "
+    "was chosen on these cells. The part is the one of the program that needs most, by prediction. "
     "Cells on which a compiler failed are in the file as failed and not here."
 )
 
@@ -251,6 +251,7 @@ def main() -> None:
                 compile_cells(todo, options.cells, options.timeout)
     found = errors(read_cells(options.cells))
     options.table.write_text(markdown(found))
+    options.table.with_suffix(".json").write_text(json.dumps(summary(found), indent=1) + "\n")
     print(json.dumps(summary(found)))
 
 

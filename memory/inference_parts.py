@@ -16,7 +16,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from memory.inference_constants import InferenceConstants, Moment
-from memory.inference_terms import InferenceTerms, Stream
+from memory.inference_terms import InferenceTerms
+from memory.stream import Stream
 
 
 class Held(NamedTuple):

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
 
 from memory.inference_job import InferenceJob
-from models.attention import form_for
+from memory.stream import Stream
 from models.beside import encoder_beside
 from models.config import ModelConfig
-from models.experts import at_experts
 from models.kv_cache import POOL as POOL_DIMS
-from models.kv_cache import SCALE, Kept, is_ring, repeats
+from models.kv_cache import SCALE, Kept, is_ring
 from models.weights import model_weights
 from parallel.chips import Chip
-from parallel.dispatch import row_count
-from parallel.footprint import ITEM, Activation, Weight, activation_bytes, elements, tiled_size
+from parallel.footprint import ITEM, Weight, elements, tiled_size
 from parallel.rules import is_stacked
 from training.batch_arrays import BatchArray
 
@@ -197,10 +195,10 @@ class InferenceTerms:
         spec = rules.in_model(weight.axes, weight.shape)
         return ITEM[self.job.compute] * elements(weight, spec, rules, tiled=self.tiled)
 
-    def stream(self, length: int | None = None, model: ModelConfig | None = None) -> Stream:
+    def stream(self, length: int | None = None) -> Stream:
         """The tensors of a layer for rows of `length` tokens; default: the prompt and its image."""
         length = self.job.prompt + self.job.model.image_tokens if length is None else length
-        return Stream(self, self.job.model if model is None else model, length)
+        return self._stream(self.job.model, length)
 
     @cached_property
     def beside(self) -> Stream | None:
@@ -209,7 +207,11 @@ class InferenceTerms:
         if model is None:
             return None
         vision = self.job.model.family == "vision_language"
-        return self.stream(model.vision.patches if vision else self.job.shape.source, model)
+        return self._stream(model, model.vision.patches if vision else self.job.shape.source)
+
+    def _stream(self, model: ModelConfig, length: int) -> Stream:
+        rows, compute = self.job.shape.rows, self.job.compute
+        return Stream(model, length, rows, self.job.rules, compute, self.chip.kind)
 
 
 class Read(NamedTuple):
@@ -217,113 +219,3 @@ class Read(NamedTuple):
 
     pooled: int
     int8: int
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Tensors of one layer of `model` for the rows of a device, bytes."""
-
-    terms: InferenceTerms
-    model: ModelConfig
-    length: int
-
-    @cached_property
-    def sizes(self) -> dict[str, int]:
-        """Logical dim -> its size over all devices."""
-        model, job = self.model, self.terms.job
-        rows, experts = job.shape.rows, model.experts
-        found = {
-            "batch": rows,
-            "seq": self.length,
-            "keys": self.length,
-            "act_embed": model.embed_dim,
-            "act_heads": model.heads,
-            "act_kv_heads": model.kv_heads,
-            "head_dim": model.head_dim,
-            "act_mlp": model.feed_forward_dim,
-        }
-        if experts.number:
-            choices = rows, self.length, experts.per_token
-            found["groups"] = job.rules.parts("groups")
-            found["rows"] = row_count(choices, experts.number, job.rules)
-            found["slot_embed"] = model.embed_dim
-        return found
-
-    def of(self, dims: str, dtype: str = "compute") -> int:
-        """Bytes of a tensor with these logical dims."""
-        dtypes = {"compute": self.terms.job.compute}
-        return activation_bytes(
-            [Activation("", dims, dtype)], self.sizes, self.terms.job.rules, dtypes
-        )
-
-    @cached_property
-    def narrow(self) -> int:
-        return self.of("batch seq act_embed")
-
-    @cached_property
-    def wide(self) -> int:
-        experts = replace(self.model.experts, capacity=0.0)  # no token is dropped
-        inside = at_experts(replace(self.model, experts=experts)) if experts.number else "batch seq"
-        return self.of(f"{inside} act_mlp")
-
-    @cached_property
-    def at_experts(self) -> int:
-        """Rows sorted by expert, [rows, D]; 0 without experts."""
-        return self.of("groups rows act_embed") if self.model.experts.number else 0
-
-    @cached_property
-    def heads(self) -> int:
-        return self.of("batch seq act_heads head_dim")
-
-    @cached_property
-    def kv(self) -> int:
-        """Keys, or values, as they are kept: one of each part where heads are fewer."""
-        times = repeats(self.model, self.terms.job.rules)
-        divided = times > 1
-        one = self.of(f"batch seq {'act_heads' if divided else 'act_kv_heads'} head_dim")
-        return one * self.model.kv_heads * times // self.model.heads if divided else one
-
-    @cached_property
-    def form(self) -> str:
-        """The form of attention that will run."""
-        model = self.model
-        return form_for(
-            model.attention,
-            self.terms.chip.kind,
-            self.length,
-            model.head_dim,
-            self.terms.job.compute,
-            softcap=model.attention_softcap > 0,
-            biased=model.family != "vision",
-            added=model.positions == "relative",
-        )
-
-    @cached_property
-    def scores(self) -> int:
-        """float32 scores of the form that has them whole."""
-        whole = self.form == "xla"
-        return whole * self.of("batch act_heads seq keys", "float32")
-
-    @cached_property
-    def blocks(self) -> int:
-        """What the blocked form sums, float32 [tokens, heads, H]."""
-        return (self.form == "blocked") * self.of("batch seq act_heads head_dim", "float32")
-
-    @cached_property
-    def bias(self) -> int:
-        """What is the same for all layers: cuDNN's mask as a bias, relative positions."""
-        mask = self.of("batch seq keys") if self.form == "cudnn" and self.model.causal else 0
-        relative = self.model.positions == "relative"
-        return mask + relative * self.of("act_heads seq keys", "float32")
-
-    @cached_property
-    def angles(self) -> int:
-        """Sines and cosines of rotary positions."""
-        turns = self.model.positions == "rope"
-        kinds = 2 if self.model.rope_local_theta and len(self.model.pattern) > 1 else 1
-        return turns * kinds * self.of("batch seq") * self.model.head_dim
-
-    @property
-    def divided(self) -> bool:
-        """Whether products are summed over devices."""
-        return self.terms.job.rules.parts("act_mlp") > 1
