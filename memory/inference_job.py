@@ -111,7 +111,7 @@ class InferenceJob:
 
     def _cache(self, decoding: Decoding, mesh: jax.sharding.Mesh) -> Cache:
         abstract = mesh.abstract_mesh
-        layers = [
+        layers: list[Any] = [
             {
                 name: jax.ShapeDtypeStruct(
                     kept.shape,
@@ -122,7 +122,7 @@ class InferenceJob:
             }
             for layer in self.cache
         ]
-        segments = None
+        segments: Any = None
         if self.model.family == "encoder_decoder":
             sizes = self.shape.rows, self.shape.source
             sharding = NamedSharding(abstract, batch_spec(self.rules, 2))

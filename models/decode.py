@@ -157,7 +157,8 @@ class Decoding:
         *,
         fresh: bool,
     ) -> tuple[Cache, Array]:
-        config, layers = self.config, []
+        config = self.config
+        layers: list[dict[str, Array]] = []
         for number, arrays in enumerate(cache.layers):
             local = config.pattern[number % len(config.pattern)] == "local"
             of_block = weights.blocks[block_of(config, number)]
