@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from compile_for import compile_for
+from compile_for import compile_for, content_key
 from config_border import load_config, override
 from config_types import plain
 from data.objective import ObjectiveConfig
@@ -184,6 +184,12 @@ def test_layers_gather_their_weights_one_after_the_other():
         found.append(answer["programs"])
     for phase, few in found[0].items():
         assert found[1][phase]["temporaries"] < 1.2 * few["temporaries"], phase
+
+
+def test_answers_of_a_compiler_are_kept_by_mode():
+    keys = {content_key({}, TARGET, mode) for mode in ("train", "evaluate", "generate")}
+    assert len(keys) == 3
+    assert content_key({}, TARGET) in keys
 
 
 # --- What fits ------------------------------------------------------------------------------------
