@@ -5,8 +5,8 @@
 
 A cell is a shipped shape on a target with a mesh, a ZeRO level, a batch, lengths and a cache, all
 drawn by a seed. The constants of `memory/inference_constants.py` were chosen on cells of seed 1
-(benchmarks/results/inference_calibration.jsonl); those in the table are of seed 7. Where
-compilation would take minutes a shape has fewer layers than it ships with (`LAYERS`).
+and three by hand (benchmarks/results/inference_calibration.jsonl); those in the table are of seed
+7. Where compilation would take minutes a shape has fewer layers than it ships with (`LAYERS`).
 """
 
 from __future__ import annotations
@@ -224,9 +224,11 @@ def layout(overrides: dict[str, Any]) -> str:
 SOURCE = (
     "Written by `python benchmarks/inference_accuracy.py`; every cell's raw figures are in "
     "benchmarks/results/inference_accuracy.jsonl. Bytes per device; the compiler's are arguments + "
-    "outputs + temporaries - aliases, with jax 0.10.2, libtpu 0.0.42.1, cuDNN 9.10. No constant "
-    "was chosen on these cells. The part is the one of the program that needs most, by prediction. "
-    "Cells on which a compiler failed are in the file as failed and not here."
+    "outputs + temporaries - aliases, with jax 0.10.2, libtpu 0.0.42.1, cuDNN 9.10. The constants "
+    "are of the cells of benchmarks/results/inference_calibration.jsonl; what lives together in a "
+    "part (a gathered table without the logits) was once corrected after some of these were seen. "
+    "The part is the one of the program that needs most, by prediction. Cells on which a compiler "
+    "failed are in the file as failed and not here."
 )
 
 
