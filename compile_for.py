@@ -1,10 +1,11 @@
-"""Compiles a config's training step for a target, in a process of its own, and keeps the answer.
+"""Compiles a config's step for a target, of training, evaluation or generation, in a process of its
+own, and keeps the answer.
 
 A process each: the variables that make a compiler available are read when JAX is imported, and a
 compiler that dies takes nothing with it. Answers are kept on disk by content: the config, the
 target, this code and the versions of all that compiles.
 
-    echo '{"config": {...}, "target": "gpu:h100:1x8"}' | python compile_for.py
+    echo '{"config": {...}, "target": "gpu:h100:1x8", "mode": "train"}' | python compile_for.py
 """
 
 from __future__ import annotations
@@ -22,38 +23,44 @@ from typing import TYPE_CHECKING, Any
 from parallel.targets import Target, parse_target
 
 if TYPE_CHECKING:
+    from experiment import Experiment
     from memory.compiled import Compiled
-    from memory.job import Job
 
 ROOT = Path(__file__).parent
 SOURCES = (
     *("parallel/*.py", "models/*.py", "training/*.py", "memory/*.py", "data/config.py"),
     *("configs/base.py", "config_*.py", "experiment.py", "compile_for.py"),
+    *("generation/config.py", "inference.py"),
 )
 COMPILERS = (
     *("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cudnn-cu12"),
     *("flax", "optax"),
 )
-LARGEST = 40  # buffers that are named
 # What cannot change the program.
 IRRELEVANT = ("checkpoint", "eval", "logging")
 
 
-def compile_for(config: dict[str, Any], target: Target, *, timeout: float = 1800) -> dict[str, Any]:
+def compile_for(
+    config: dict[str, Any], target: Target, *, mode: str = "train", timeout: float = 1800
+) -> dict[str, Any]:
     """What the compiler says of `config` (plain data) on `target`.
+
+    Args:
+      mode: train, evaluate or generate.
 
     Returns:
       {"status": "ok" | "does not fit" | "failed", "error": None or one line, and where it compiled
-      the sizes of `memory.compiled.Compiled` and what `counted` says}.
+      the sizes of `memory.compiled.Compiled` and what `counted` says}; of generation the sizes are
+      those of the program that needs most, and `programs` has those of both.
 
     Raises:
       ValueError: the target's compiler is not installed.
     """
     target.check_compiler()
-    kept = cache_folder() / f"{content_key(config, target)}.json.gz"
+    kept = cache_folder() / f"{content_key(config, target, mode)}.json.gz"
     if kept.is_file():
         return json.loads(gzip.decompress(kept.read_bytes()))
-    request = json.dumps({"config": config, "target": target.name})
+    request = json.dumps({"config": config, "target": target.name, "mode": mode})
     try:
         done = subprocess.run(
             [sys.executable, str(ROOT / "compile_for.py")],
@@ -84,11 +91,11 @@ def cache_folder() -> Path:
     return Path(home) / "meshwright" / "plans"
 
 
-def content_key(config: dict[str, Any], target: Target) -> str:
+def content_key(config: dict[str, Any], target: Target, mode: str = "train") -> str:
     """A hash of all that the answer depends on."""
     digest = hashlib.sha256()
     relevant = {name: value for name, value in config.items() if name not in IRRELEVANT}
-    digest.update(json.dumps([relevant, target.name], sort_keys=True).encode())
+    digest.update(json.dumps([relevant, target.name, mode], sort_keys=True).encode())
     digest.update(os.environ.get("XLA_FLAGS", "").encode())
     for package in COMPILERS:
         try:
@@ -105,53 +112,53 @@ def main() -> None:
     """Answers one request on standard input."""
     request = json.loads(sys.stdin.read())
     target = parse_target(request["target"])
+    mode = request.get("mode", "train")
     from config_border import complete
     from experiment import read_experiment
+
+    config, count = complete(request["config"]), target.device_count
+    experiment = read_experiment(config, count, training=mode == "train")
+    print(json.dumps(ANSWERS[mode](experiment, target)))
+
+
+def of_training(experiment: Experiment, target: Target) -> dict[str, Any]:
     from memory.compiled import compile_step
+    from memory.counted import counted
 
-    job = read_experiment(complete(request["config"]), target.device_count).job()
+    job = experiment.job()
     compiled = compile_step(job, target)
+    return answer(compiled, {} if compiled.out_of_memory else counted(compiled, job, target))
+
+
+def of_evaluation(experiment: Experiment, target: Target) -> dict[str, Any]:
+    from memory.compiled_inference import compile_evaluation
+    from memory.counted import held
+
+    compiled = compile_evaluation(experiment.job(), target)
+    more = {} if compiled.out_of_memory else held(compiled, "weights and batch")
+    return answer(compiled, more)
+
+
+def of_generation(experiment: Experiment, target: Target) -> dict[str, Any]:
+    """The program that needs most, and `programs`: phase -> sizes of both."""
+    from inference import inference_job
+    from memory.compiled_inference import compile_inference
+    from memory.counted import held
+
+    programs = compile_inference(inference_job(experiment), target)
+    largest = max(programs.values(), key=lambda compiled: compiled.total_bytes)
+    sizes = {phase: compiled.sizes() for phase, compiled in programs.items()}
+    more = {} if largest.out_of_memory else held(largest, "weights, cache and tokens")
+    return answer(largest, {"programs": sizes} | more)
+
+
+ANSWERS = {"train": of_training, "evaluate": of_evaluation, "generate": of_generation}
+
+
+def answer(compiled: Compiled, more: dict[str, Any]) -> dict[str, Any]:
+    """A compiled program as plain data."""
     status = "does not fit" if compiled.out_of_memory else "ok"
-    counts = {} if compiled.out_of_memory else counted(compiled, job, target)
-    print(json.dumps({"status": status} | compiled.sizes() | counts))
-
-
-def counted(compiled: Compiled, job: Job, target: Target) -> dict[str, Any]:
-    """What the program's text says: components and buffers at the peak, costs, and the roofline."""
-    from memory.conditions import collectives_in_branches, conditions
-    from memory.hlo import parse
-    from memory.hlo_costs import count
-    from memory.liveness import live_at_peak
-    from memory.roofline import branch_shares, counted_time
-
-    module = parse(compiled.text)
-    counts = count(module, job.sizes, branch_shares(job, target))
-    live = live_at_peak(module)
-    # What the compiler keeps beyond what lives: gaps between buffers, and what outlives its use.
-    packing = compiled.temporaries - live.peak_bytes
-    state = {"state and batch": compiled.arguments}
-    return {
-        "components": state | live.by_component | {"packing": packing},
-        "named_fraction": live.named_fraction,
-        "buffers": [
-            {
-                "bytes": buffer.bytes,
-                "shape": str(buffer.shape),
-                "component": buffer.component,
-                "source": buffer.source,
-            }
-            for buffer in live.buffers[:LARGEST]
-        ],
-        "timeline": live.timeline,
-        "flops": counts.flops,
-        "bytes_moved": counts.bytes_moved,
-        "collectives": [vars(collective) for collective in counts.collectives],
-        "conditions": len(list(conditions(module))),
-        "in_branches": [
-            {"kind": kind, "axis": axis, "instructions": n}
-            for (kind, axis), n in sorted(collectives_in_branches(module, job.sizes).items())
-        ],
-    } | counted_time(job, target, counts).grade()
+    return {"status": status} | compiled.sizes() | more
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from experiment import Experiment
 from generation.engine import Engine
 from generation.sampling import Sampling
 from generation.steps import Steps
+from memory.inference_job import InferenceJob
 from models.beside import beside_length
 from models.decode import DecoderWeights, kind_of, make_decoding, weights_of
 from models.kv_cache import CacheShape
@@ -119,3 +120,26 @@ def decoder_weights(
     """The weights of a model as generation takes them; `params` are used up unless kept."""
     compute = experiment.precision.compute
     return weights_of(params, model.axes, decoding_rules(experiment), compute, keep=keep)
+
+
+def inference_job(experiment: Experiment, prompt: int = 0, source: int = 0) -> InferenceJob:
+    """Generation for the planner.
+
+    Args:
+      prompt: tokens of the longest prompt; 0: as `prompt_length` says.
+      source: tokens of the longest source; 0: `config.data.source_length`.
+
+    Raises:
+      ValueError: of `decoding_rules` or `cache_shape`.
+    """
+    rules = decoding_rules(experiment)
+    prompt = prompt or prompt_length(experiment)
+    return InferenceJob(
+        model=experiment.model,
+        mesh=experiment.mesh,
+        precision=experiment.precision,
+        objective=experiment.objective,
+        rules=rules,
+        shape=cache_shape(experiment, rules, prompt, source),
+        prompt=prompt,
+    )

@@ -1,8 +1,10 @@
 """Says where every byte of a training step goes on a target, what the step costs, and what to
-change if it does not fit. Nothing is run, and the target need not be here.
+change if it does not fit; of generation and evaluation where every byte goes, and the largest batch
+and length that fit. Nothing is run, and the target need not be here.
 
     python plan.py --config=configs/llama3_8b.py --target=gpu:h100:1x8
     python plan.py --config=configs/llama3_8b.py --target=tpu:v5p:4x4x4 --compile --html=plan.html
+    python plan.py --config=configs/llama3_8b.py --target=gpu:h100:1x8 --mode=generate
     JAX_NUM_CPU_DEVICES=8 python plan.py --config=configs/tiny.py --target=cpu:8 --measure
 
 --compile runs the target's own compiler (extras gpu-target, tpu-target); --measure runs a few steps
@@ -22,6 +24,7 @@ def main(
     config: Any,
     *,
     target: str,
+    mode: str,
     compile: bool,
     measure: bool,
     budget_gib: float | None,
@@ -44,6 +47,10 @@ def main(
             raise ValueError(f"--{flag}={file}: a folder; give a file")
     if compile:
         aim.check_compiler("leave --compile out")
+    if mode != "train":
+        if measure:
+            raise ValueError(f"--measure: a few steps of training; leave it out with --mode={mode}")
+        return other_mode(config, aim, mode, limit, compile, json, html)
     if measure:
         check_here(aim)
     experiment = read_experiment(config, aim.device_count)
@@ -108,6 +115,30 @@ def main(
         )
 
 
+def other_mode(
+    config: Any,
+    aim: Any,
+    mode: str,
+    limit: int,
+    compile: bool,
+    json: Path | None,
+    html: Path | None,
+) -> None:
+    """Evaluation or generation: prediction, compiled programs, what would help, files."""
+    from inference_plan import does_not_fit, mode_plan
+
+    row, text, drawn = mode_plan(config, aim, mode, limit, compile=compile)
+    print(text)
+    if json:
+        write("json", json, dumps(row, indent=1) + "\n")
+    if html:
+        from memory.report import plan_html
+
+        write("html", html, plan_html(row, drawn.get("timeline", []), drawn.get("buffers", [])))
+    if (why := does_not_fit(row)) is not None:
+        raise ValueError(why)
+
+
 def check_here(aim: Any) -> None:
     """Raises ValueError where the devices that are here are not the target's."""
     import jax
@@ -137,6 +168,7 @@ def write(flag: str, file: Path, text: str) -> None:
 
 FLAGS = (
     cli.Flag("target", str, None, "devices, such as gpu:h100:1x8 or tpu:v5e:4x4", required=True),
+    cli.Flag("mode", str, "train", "what is planned", ("train", "evaluate", "generate")),
     cli.Flag("compile", bool, False, "compile the step for the target"),
     cli.Flag("measure", bool, False, "run a few steps on the devices that are here"),
     cli.Flag("budget_gib", float, None, "GiB per device, if not all of its memory"),

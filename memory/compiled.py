@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -75,8 +76,13 @@ def compile_step(job: Job, target: Target) -> Compiled:
       ValueError: the target's compiler is missing or knows no such topology.
     """
     devices = target.devices()
+    return compiled(lambda: lower_step(job, devices), target)
+
+
+def compiled(lower: Callable[[], jax.stages.Lowered], target: Target) -> Compiled:
+    """What the compiler of `target` says of a program; that it does not fit is a result."""
     since = time.perf_counter()
-    lowered = lower_step(job, devices)
+    lowered = lower()
     lowered_at = time.perf_counter()
     try:
         program = lowered.compile(compiler_options=target.compiler_options() or None)

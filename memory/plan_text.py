@@ -21,7 +21,7 @@ def describe(row: Row, job: Job, target: Target) -> str:
         f"{target.name}: {target.device_count} devices; {row['name']}",
         f"{batch}, {_many(job.rows, 'sequence')} at a time on each device",
         "",
-        *_table(row),
+        *table(row),
         "",
         verdict(row),
         *_time(row, job),
@@ -46,7 +46,8 @@ def verdict(row: Row) -> str:
     return f"does not fit: needs {gib(total)} of {gib(limit)} GiB ({grade}){end}"
 
 
-def _table(row: Row) -> list[str]:
+def table(row: Row) -> list[str]:
+    """The grades side by side by component, small ones as one."""
     grades = [g for g in GRADES if row[g]]
     parts = {g: _folded(row[g]) for g in grades}
     names = list(dict.fromkeys(name for g in grades for name in parts[g]))

@@ -81,6 +81,8 @@ def _forward(
 
     zeros_o = jnp.zeros_like(q_iBKGQH, dtype=jnp.float32)
     zeros = jnp.zeros_like(q_iBKGQH[..., 0], dtype=jnp.float32)
+    # Made when they are wanted: of a program of many layers XLA would make all of theirs at once.
+    zeros_o, zeros, q_iBKGQH = lax.optimization_barrier((zeros_o, zeros, q_iBKGQH))
     pairs = jnp.asarray(block_pairs(core.mask, T, S, block))
     (o_iBKGQH, top_iBKGQ, total_iBKGQ), _ = lax.scan(step, (zeros_o, zeros + LOWEST, zeros), pairs)
     total_iBKGQ = jnp.maximum(total_iBKGQ, TINY)

@@ -158,15 +158,19 @@ class Decoding:
         *,
         fresh: bool,
     ) -> tuple[Cache, Array]:
-        config, layers = self.config, []
+        config = self.config
+        layers: list[dict[str, Array]] = []
         for number, arrays in enumerate(cache.layers):
             local = config.pattern[number % len(config.pattern)] == "local"
-            block: Block = nnx.merge(self.block, weights.blocks[block_of(config, number)])
+            of_block = weights.blocks[block_of(config, number)]
+            x_BTD, of_block, layers[-1:] = _together(x_BTD, of_block, layers[-1:])
+            block: Block = nnx.merge(self.block, of_block)
             kept = LayerCache(
                 arrays, config, self.rules, self.shape, places, fresh=fresh, local=local
             )
             x_BTD, _ = block(x_BTD, rows._replace(cache=kept), local=local)
             layers.append(kept.arrays)
+        x_BTD, layers[-1:] = _together(x_BTD, layers[-1:])
         last_BT = self._index(x_BTD) == (places.count_B - 1)[:, None]
         x_BTD = jnp.sum(jnp.where(last_BT[:, :, None], x_BTD, 0), 1, keepdims=True)
         hidden_BTD = Decoder.finish(model, x_BTD, {})
@@ -175,8 +179,8 @@ class Decoding:
     def _logits(self, model: Decoder, hidden_BTD: Array) -> Array:
         """float32 [B, T, V padded], whole on every device of the row; -inf where no token is."""
         config, rules, head = self.config, self.rules, model.head()
-        features = model.to_head(hidden_BTD)
-        table = jax.reshard(head.weight, rules.gathered(head.axes, head.weight.shape))
+        features, weight = _together(model.to_head(hidden_BTD), head.weight)
+        table = jax.reshard(weight, rules.gathered(head.axes, head.weight.shape))
         equation = "btd,vd->btv" if head.axes.startswith("vocab") else "btd,dv->btv"
         logits = jnp.einsum(
             equation,
@@ -211,6 +215,16 @@ class Decoding:
             sizes = self.shape.rows, self.shape.source
             segments = jnp.zeros(sizes, jnp.int32, out_sharding=self.rules.spec("batch seq"))
         return Cache(empty_cache(kept, self.rules), segments)
+
+
+def _together(*values: Any) -> Any:
+    """The same values, of which none is there before all are.
+
+    Layers one after the other are one long program, and nothing else would keep a compiler from
+    gathering the weights of all of them first, where fsdp divides them, or from writing all caches
+    last: with every layer's weights, keys and values beside each other.
+    """
+    return jax.lax.optimization_barrier(values)
 
 
 def make_decoding(

@@ -168,7 +168,8 @@ def product(x_RX: jax.Array, w_EXY: jax.Array, sizes_E: jax.Array, *, transposed
         old = lax.dynamic_slice_in_dim(y_RY, begin, b)
         return lax.dynamic_update_slice_in_dim(y_RY, jnp.where(mask, new, old), begin, 0)
 
-    y_RY = jnp.zeros((len(x_RX), Y), x_RX.dtype)
+    # Made when they are wanted: of a program of many layers XLA would make all of theirs at once.
+    x_RX, y_RY = lax.optimization_barrier((x_RX, jnp.zeros((len(x_RX), Y), x_RX.dtype)))
     return _over_blocks(len(x_RX), sizes_E, block, y_RY)
 
 

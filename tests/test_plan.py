@@ -533,3 +533,71 @@ def test_a_sweep_that_no_layout_divides(refused, tmp_path):
     argv = (flag, "--config.optimizer.name=adamx")
     _, err = refused(["config.optimizer.name"], *argv, program="sweep.py", target="cpu:7")
     assert "batch_size" not in err
+
+
+# --- Evaluation and generation --------------------------------------------------------------------
+
+
+def test_generation_is_planned_with_what_fits(planned):
+    out, row = planned("--mode=generate", "--config.generate.prompt_length=8",
+                       "--config.generate.max_new_tokens=8")  # fmt: skip
+    assert row["mode"] == "generate"
+    assert set(row["predicted"]["phases"]) == {"prefill", "decode"}
+    parts = row["predicted"]["components"]
+    assert sum(parts.values()) == row["predicted"]["total_bytes"]
+    assert parts["KV cache: full layers"] > 0
+    assert row["fits"]
+    assert row["largest"]["batch_size"] >= 8
+    assert "largest batch that fits at this length" in out
+    assert "largest length that fits at this batch" in out
+
+
+def test_evaluation_is_planned(planned):
+    out, row = planned("--mode=evaluate")
+    assert row["mode"] == "evaluate"
+    assert not any(name.startswith("optimizer") for name in row["predicted"]["components"])
+    assert "loss" in row["predicted"]["phases"]
+    assert "evaluation: " in out
+
+
+def test_the_mode_reaches_the_compiler(planned, monkeypatch):
+    asked = []
+
+    def answer(config, target, *, mode):
+        asked.append(mode)
+        sizes = {"total_bytes": 2**20, "arguments": 2**19}
+        return {"status": "ok", "error": None, "programs": {"prefill": sizes}} | sizes
+
+    monkeypatch.setattr(compile_for, "compile_for", answer)
+    short = "--config.generate.prompt_length=8", "--config.generate.max_new_tokens=8"
+    out, row = planned("--mode=generate", "--compile", *short)
+    assert asked == ["generate"]
+    assert row["compiled"]["total_bytes"] == 2**20
+    assert "0.00098 compiled" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--mode=draw",), ("--mode", "draw", "generate")),
+        (("--mode=generate", "--measure"), ("--measure", "--mode=generate")),
+        (
+            ("--mode=generate", "--config.generate.max_new_tokens=100000"),
+            ("config.generate.max_new_tokens = 100000", "config.model.max_length"),
+        ),
+        (
+            ("--mode=generate", "--config.mesh.data=4", "--config.mesh.pipe=2"),
+            ("config.mesh.pipe = 2",),
+        ),
+        (
+            ("--mode=generate", "--config.generate.batch_size=3"),
+            ("config.generate.batch_size = 3", "choose a multiple of 8"),
+        ),
+        (
+            ("--mode=generate", "--budget_gib=0.0001", "--config.generate.max_new_tokens=8"),
+            ("--budget_gib=0.0001", "this config needs"),
+        ),
+    ],
+)
+def test_a_mode_that_cannot_be_is_one_line(refused, argv, words):
+    refused(words, *argv)
