@@ -41,8 +41,10 @@ def main(
     given = read_prompts(prompt or [], prompts, image or [])
     import jax  # here: a typo on the command line costs no import
 
+    from config_border import with_values
     from experiment import read_experiment
     from inference import decoder_weights, decoding_rules, make_engine
+    from inference_plan import fits_here
     from parallel.compilation import keep_compiled
     from parallel.mesh import make_mesh
     from prompt_tokens import lengths_of, requests_of, tokenizer_of
@@ -58,8 +60,15 @@ def main(
     requests = requests_of(experiment, given, tokenizer)
     lengths = lengths_of(experiment, requests)
     first = jax.process_index() == 0
-    for note in generate.without_effect() if first else ():
-        print(f"note: {note}", file=sys.stderr)
+
+    def say(line: str) -> None:
+        if first:
+            print(line, file=sys.stderr)
+
+    rows = {"config.generate.batch_size": generate.batch_size}
+    fits_here(with_values(config, rows), *lengths, say)
+    for note in generate.without_effect():
+        say(f"note: {note}")
 
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
@@ -73,11 +82,9 @@ def main(
         for text in show(engine.run(requests), given):
             if first:
                 print(text, end="", flush=True)
-    if first:
-        tokens = sum(len(request.text.tokens) for request in requests)
-        seconds = time.perf_counter() - since
-        layout = experiment.describe_layout()
-        print(f"{tokens} tokens in {seconds:.1f} s with compilation, {layout}", file=sys.stderr)
+    tokens = sum(len(request.text.tokens) for request in requests)
+    seconds = time.perf_counter() - since
+    say(f"{tokens} tokens in {seconds:.1f} s with compilation, {experiment.describe_layout()}")
 
 
 def streamed(pieces: Iterable[Any], given: Sequence[Any]) -> Iterator[str]:

@@ -64,8 +64,8 @@ def _summary(job: InferenceJob, prediction: InferencePrediction) -> str:
     weights, kept = held.pop("weights"), sum(held.values())
     return (
         f"{gib(prediction.total_bytes)} GiB per device predicted (weights {gib(weights)}, cache "
-        f"{gib(kept)}, {prediction.decides} decides): {job.shape.rows} rows of {job.shape.slots:,} "
-        f"tokens"
+        f"{gib(kept)}, {prediction.decides} decides) for {job.shape.rows} x "
+        f"{job.shape.slots:,} tokens"
     )
 
 

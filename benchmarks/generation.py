@@ -41,9 +41,10 @@ from generation.prompts import Prompt
 from generation.rows import Request
 from generation.text import Text
 from hf.exporting import export_params
-from inference import make_engine, requests_of, tokenizer_of
+from inference import decoder_weights, make_engine
 from parallel.huge_pages import use_huge_pages
 from parallel.mesh import make_mesh
+from prompt_tokens import requests_of, tokenizer_of
 from run_params import saved_params
 from training.state import drawn_params
 
@@ -194,8 +195,10 @@ def main() -> None:
         export_params(initial, experiment.model, model.axes, folder)
         del initial
         np.save(folder / "prompts.npy", prompts)
-        _, params = saved_params(experiment, model, mesh, None, None, folder)
-        engine = make_engine(experiment, model, params, mesh, PROMPT, 0)
+        params = saved_params(experiment, model, mesh, None, None, folder).params
+        engine = make_engine(
+            experiment, decoder_weights(experiment, model, params), mesh, PROMPT, 0
+        )
         ours, theirs = Ours(experiment, engine, prompts), Theirs(folder)
         seconds, equal = take_turns({"ours": ours, "theirs": theirs}, args.rounds)
         theirs.close()

@@ -16,8 +16,9 @@ from configs import base
 from experiment import read_experiment
 from generation.engine import Engine
 from generation.prompts import Prompt
-from inference import lengths_of, make_engine, requests_of, tokenizer_of
+from inference import decoder_weights, make_engine
 from parallel.mesh import make_mesh
+from prompt_tokens import lengths_of, requests_of, tokenizer_of
 from run_params import saved_params
 from tests.hf import parity
 
@@ -160,9 +161,9 @@ def engine_of(folder: Path, prompts: list[list[int]], devices: int, *overrides: 
     mesh = make_mesh(experiment.mesh, jax.devices()[:devices])
     with jax.set_mesh(mesh):
         model = experiment.build_model()
-        _, params = saved_params(experiment, model, mesh, None, None, folder)
-        lengths = lengths_of(experiment, requests)
-        yield make_engine(experiment, model, params, mesh, *lengths), requests
+        params = saved_params(experiment, model, mesh, None, None, folder).params
+        weights = decoder_weights(experiment, model, params)
+        yield make_engine(experiment, weights, mesh, *lengths_of(experiment, requests)), requests
 
 
 def generated(engine: Engine, requests: list[Any]) -> list[list[int]]:
