@@ -6,6 +6,7 @@ donated cache is written in place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -241,12 +242,12 @@ def attend_over(
     def scale_BCGTS(scale: Array) -> Array:
         return jnp.einsum(like, scale)[:, :, None, None]
 
-    # Keys stand first: XLA:CPU transposes the second factor of a product where that dim is summed
-    # over which lies next to each other, and the first one where it is not.
-    s = jnp.einsum(
-        f"{dims},bcgth->bcsgt", k.astype(q_BTNH.dtype), q_BCGTH, preferred_element_type=jnp.float32
-    )
-    s = jnp.moveaxis(s, 2, 4)
+    # XLA:CPU is faster with queries first, but would then transpose keys of a single head or row.
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if C > 1 and B > 1:
+        s = product(f"bcgth,{dims}->bcgts", q_BCGTH, k.astype(q_BTNH.dtype))
+    else:
+        s = jnp.moveaxis(product(f"{dims},bcgth->bcsgt", k.astype(q_BTNH.dtype), q_BCGTH), 2, 4)
     if scales[0] is not None:
         s = s * scale_BCGTS(scales[0])
     s = core.capped(s)
