@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from generation.rows import Request, Row, Rows
 from generation.steps import Arrays, Steps
 from models.decode import DecoderWeights
-from parallel.compilation import safe_compilation
+from parallel.compilation import many_rows, safe_compilation
 
 LEAST = 32  # prompts are padded to so many tokens, or to a power of two above: few programs
 
@@ -66,10 +66,11 @@ class Engine:
             before=config.image_tokens,
             sharing=not (own or decoding.prefix),
         )
-        self._begin, self._follow, self._step = (
-            jax.jit(function, donate_argnums=1, compiler_options=safe_compilation())
-            for function in (steps.begin, steps.follow, steps.step)
-        )
+        safe = safe_compilation()
+        prompts = safe | many_rows()
+        self._begin = jax.jit(steps.begin, donate_argnums=1, compiler_options=prompts)
+        self._follow = jax.jit(steps.follow, donate_argnums=1, compiler_options=prompts)
+        self._step = jax.jit(steps.step, donate_argnums=1, compiler_options=safe)
         self._key = jax.random.key(seed)
         self._state = jax.jit(steps.empty)()
 

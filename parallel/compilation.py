@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib.version
 
 
 def keep_compiled() -> None:
@@ -46,6 +47,16 @@ def safe_compilation(kind: str | None = None) -> dict[str, str | bool]:
     if (kind or jax.default_backend()) != "gpu":
         return {}
     return {"xla_disable_hlo_passes": "all-gather-to-collective-permute-simplifier"}
+
+
+def many_rows() -> dict[str, str | bool]:
+    """`compiler_options` for products of hundreds of rows with a weight, beside those above.
+
+    On CPU jaxlib 0.10 gives all products to a library that is faster for a few rows; its older one
+    takes three quarters of the time for many.
+    """
+    old = jax.default_backend() == "cpu" and jaxlib.version.__version__.startswith("0.10.")
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if old else {}
 
 
 def device_bytes(compiled: Any) -> int:
