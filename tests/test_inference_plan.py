@@ -25,7 +25,7 @@ def test_what_fits_is_one_line():
     (line,), row = asked()
     assert row["fits"]
     assert line.startswith("plan: ")
-    assert "64 rows of 16 tokens" in line
+    assert "64 x 16 tokens" in line
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_what_would():
