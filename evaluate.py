@@ -45,6 +45,8 @@ def main(
     hf: Path | None = None,
 ) -> None:
     """Config, tasks, mesh, parameters, and what is measured."""
+    if hf is not None and step is not None:
+        raise ValueError(f"--step={step}: --hf has no steps; leave it out")
     for name, value in (("task_folder", task_folder), ("limit", limit)):
         if tasks is None and value is not None:
             raise ValueError(f"--{name}={value}: read only with --tasks=NAME; give both or neither")

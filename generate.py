@@ -36,6 +36,8 @@ def main(
     json: bool,
 ) -> None:
     """Prompts, mesh, parameters, texts."""
+    if hf is not None and step is not None:
+        raise ValueError(f"--step={step}: --hf has no steps; leave it out")
     from generation.prompts import read_prompts
 
     given = read_prompts(prompt or [], prompts, image or [])

@@ -40,8 +40,7 @@ def saved_params(
       ValueError: there is no such step or checkpoint, or it is of another model.
     """
     if hf is not None:
-        if step is not None:
-            raise ValueError(f"--step={step}: --hf has no steps; leave it out")
+        assert step is None, "the command line refuses it"
         folder = open_folder(hf, "--hf")
         tensors = find_params(folder, experiment.model, model, experiment.precision)
         return Read(read_params(tensors, model, experiment.precision, mesh), None, hf)
