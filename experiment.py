@@ -35,6 +35,7 @@ from training.metrics import LoggingConfig
 from training.objectives import check_objective, make_model
 from training.optim import OptimizerConfig
 from training.state import Model
+from training.stored import WeightsConfig, stored
 
 if TYPE_CHECKING:
     from data.dataset import Data
@@ -74,6 +75,7 @@ class Experiment:
     init_new: tuple[str, ...]  # patterns of parameters that a run's checkpoint may lack
     init_drop: tuple[str, ...]  # of those in it that are left out
     model: ModelConfig
+    weights: WeightsConfig
     mesh: MeshConfig
     parallel: ParallelConfig
     pipeline: PipelineConfig
@@ -143,12 +145,12 @@ class Experiment:
         """The model as pure functions under this layout; call it inside `jax.set_mesh`.
 
         Raises:
-          ValueError: `config.optimizer.frozen` is of other parameters.
+          ValueError: `config.weights` or `config.optimizer.frozen` is of other parameters.
         """
         pipeline = self.pipeline if self.staged else None
         rules, frozen = self.rules(), self.optimizer.frozen if self.training else ()
         made = make_model(self.model, self.objective, self.loss, rules, self.remat, pipeline)
-        return freeze(made, frozen)
+        return freeze(stored(made, self.weights), frozen)
 
     def open_data(self, folder: Path) -> Data:
         """The data of this run, whose folder is given."""
@@ -271,6 +273,7 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         init_new=fit(config.init_new, tuple[str, ...], "config.init_new"),
         init_drop=fit(config.init_drop, tuple[str, ...], "config.init_drop"),
         model=read_model(config),
+        weights=build(WeightsConfig, config.weights, "config.weights"),
         mesh=build(MeshConfig, config.mesh, "config.mesh").resolve(device_count),
         parallel=build(ParallelConfig, config.parallel, "config.parallel"),
         pipeline=build(PipelineConfig, config.pipeline, "config.pipeline"),

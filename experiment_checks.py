@@ -49,6 +49,11 @@ def check_pipeline(experiment: Experiment) -> None:
             f"config.optimizer.offload = True: not built for config.mesh.pipe = "
             f"{experiment.mesh.pipe}; set it to False, or the pipe axis to 1"
         )
+    if experiment.weights.forms:  # stages sum gradients of all that they hold, codes too
+        raise ValueError(
+            f"config.weights.forms: not built for training with config.mesh.pipe = "
+            f"{experiment.mesh.pipe}; set the pipe axis to 1, and fsdp or tensor higher"
+        )
     if experiment.remat.offload:  # rings are on the device
         raise ValueError(
             f"config.remat.offload = {list(experiment.remat.offload)}: not built for "

@@ -102,6 +102,11 @@ def get_config() -> ConfigDict:
     vision.heads = 0
     vision.projector = "linear"  # linear | mlp: how the ViT's features become tokens of the decoder
 
+    config.weights = weights = ConfigDict()  # training/stored.py; docs/compression.md
+    # Forms of weights at rest, by patterns of their names: {"stack/*": "int4:128"}. A compressed
+    # checkpoint's config has them: int8, int4:128, int3:128, nf4:64, fp8, 2:4, rank:64
+    weights.forms = ConfigDict()
+
     config.mesh = mesh = ConfigDict()  # parallel/mesh.py; the product is the number of devices
     mesh.data = -1  # copies of the model, each on its part of the batch; -1: what is left
     mesh.fsdp = 1  # as data, and parameters and optimizer state are divided too (parallel.zero)

@@ -31,7 +31,8 @@ from models.stack import STACKED
 from models.vision_language import CrossVisionLanguage, VisionLanguage
 from parallel.mesh import platform
 from parallel.remat import RematConfig
-from parallel.rules import Rules, of_one_layer
+from parallel.rules import Rules
+from parallel.stored import cast, is_stored, layer_axes, layers_of
 
 Tree = Any
 STACK = "stack"
@@ -281,25 +282,21 @@ def weights_of(
     those of `params` are deleted as they go, unless they are to be kept.
     """
 
-    def lay_out(array: Array, names: str) -> Array:
-        return jax.reshard(array.astype(compute), rules.in_model(names, array.shape))
+    def placed(node: Any, axes: Any) -> Any:
+        return jax.tree.map(lambda a, n: jax.reshard(a, rules.in_model(n, a.shape)), node, axes)
 
-    def cut(array: Array, names: str) -> list[Array]:
-        return [lay_out(array[i], of_one_layer(names)) for i in range(len(array))]
-
-    def consumed(function: Callable[..., Any], array: Array, names: str) -> Any:
-        made = jax.jit(partial(function, names=names))(array)
+    def consumed(node: Any, axes: Any, *, cut: bool) -> Any:
+        made = jax.jit(lambda node: _pieces(cast(node, compute), axes, placed, cut=cut))(node)
         # What needs no change is given on as it is.
-        if not keep and all(leaf is not array for leaf in jax.tree.leaves(made)):
+        leaves = jax.tree.leaves(made)
+        if not keep:
             jax.block_until_ready(made)
-            array.delete()
+            for array in jax.tree.leaves(node):
+                if all(leaf is not array for leaf in leaves):
+                    array.delete()
         return made
 
-    outside, stacked = _parted(params)
-    outer_axes, block_axes = _parted(axes)
-    lists = jax.tree.map(partial(consumed, cut), stacked, block_axes)
-    outer = jax.tree.map(partial(consumed, lay_out), outside, outer_axes)
-    return DecoderWeights(outer, _transposed(lists))
+    return _in_pieces(params, axes, consumed)
 
 
 def abstract_weights(
@@ -307,20 +304,48 @@ def abstract_weights(
 ) -> DecoderWeights:
     """What `weights_of` makes, as `ShapeDtypeStruct`s with shardings."""
 
-    def shape_of(shape: tuple[int, ...], names: str) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, rules.in_model(names, shape))
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(compute), sharding=sharding)
+    def placed(node: Any, axes: Any) -> Any:
+        def shape_of(a: Any, names: str) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(mesh, rules.in_model(names, a.shape))
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
-    def lay_out(array: Any, names: str) -> jax.ShapeDtypeStruct:
-        return shape_of(array.shape, names)
+        return jax.tree.map(shape_of, node, axes)
 
-    def cut(array: Any, names: str) -> list[jax.ShapeDtypeStruct]:
-        return [shape_of(array.shape[1:], of_one_layer(names))] * array.shape[0]
+    def described(node: Any, axes: Any, *, cut: bool) -> Any:
+        bare = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), node)
+        same = lambda node, axes: node
+        made = jax.eval_shape(lambda n: _pieces(cast(n, compute), axes, same, cut=cut), bare)
+        return (
+            _pieces(made, axes, placed, cut=False)
+            if not cut
+            else [
+                placed(node, own)
+                for node, own in zip(made, layer_axes(axes, len(made)), strict=True)
+            ]
+        )
 
+    return _in_pieces(params, axes, described)
+
+
+def _pieces(node: Any, axes: Any, placed: Callable[[Any, Any], Any], *, cut: bool) -> Any:
+    """A weight laid out, whole or cut in layers."""
+    if not cut:
+        return placed(node, axes)
+    layers = layers_of(node)
+    own = layer_axes(axes, len(layers))
+    return [placed(layer, names) for layer, names in zip(layers, own, strict=True)]
+
+
+def _in_pieces(params: Tree, axes: Tree, piece: Callable[..., Any]) -> DecoderWeights:
+    """`piece` of every weight, one after the other: of those in the stack by layers."""
     outside, stacked = _parted(params)
     outer_axes, block_axes = _parted(axes)
-    lists = jax.tree.map(cut, stacked, block_axes)
-    return DecoderWeights(jax.tree.map(lay_out, outside, outer_axes), _transposed(lists))
+
+    def each(tree: Tree, axes: Tree, *, cut: bool) -> Tree:
+        return jax.tree.map(partial(piece, cut=cut), tree, axes, is_leaf=is_stored)
+
+    lists = each(stacked, block_axes, cut=True)
+    return DecoderWeights(each(outside, outer_axes, cut=False), _transposed(lists))
 
 
 def _transposed(lists: Tree) -> list[Tree]:

@@ -24,7 +24,7 @@ from models.transform import (
 from parallel.footprint import Activation, Weight
 from parallel.remat import RematConfig
 from parallel.rules import Rules
-from parallel.zero import joined
+from parallel.twin import joined
 
 
 class EncoderWithHeads(Encoder):

@@ -17,7 +17,7 @@ from flax import nnx
 
 from parallel.footprint import Activation, Weight
 from parallel.rules import Rules
-from parallel.zero import whole
+from parallel.twin import whole
 
 Initializer = Callable[..., jax.Array]
 

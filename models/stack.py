@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from parallel.by_layer import scanned
 from parallel.remat import RematConfig, remat
 from parallel.rules import SHARED, STAGED
 
@@ -93,7 +94,7 @@ class Stack(nnx.Module):
           The carry after the last layer.
         """
         graph, state = nnx.split(self.blocks)
-        weights = nnx.to_pure_dict(state)
+        weights, of_layer = scanned(nnx.to_pure_dict(state))
         pattern, period = self.pattern, len(self.pattern)
         if self.distinct:
             shared, weights = weights, {}
@@ -117,7 +118,7 @@ class Stack(nnx.Module):
                         lambda a: jax.lax.dynamic_index_in_dim(a, block, 0, False), shared
                     )
                 layer_key = None if key is None else jax.random.fold_in(key, index)
-                return apply(nnx.merge(graph, weights), carry, layer_key, kind)
+                return apply(nnx.merge(graph, of_layer(weights)), carry, layer_key, kind)
 
             slices = place is not None or self.distinct > 0
             return remat(layer, self.remat, looped=looped, slices=slices)(carry, xs)

@@ -19,7 +19,7 @@ from models.positions import sinusoidal
 from parallel.einsum import einsum
 from parallel.footprint import Weight
 from parallel.rules import Rules
-from parallel.zero import joined
+from parallel.twin import joined
 
 
 class Head(NamedTuple):

@@ -6,33 +6,47 @@ again in the backward pass, and only the divided one is kept in between. Its gra
 as the weight (of a `Twin`, as its `part`), by one reduce-scatter. And where one input feeds several
 products (q, k and v; gate and up), the partial gradients of the input are summed on each device
 before one reduction over `tensor`, not one each.
+
+Weights in other forms (`parallel/stored.py`) come through here, too: packed ones are made dense for
+the product and again for the backward pass, and only the packed form is kept in between; they are
+frozen. Composed ones say themselves how they multiply.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec as P
 
-from parallel.contract import contract, contract_partial, gathered, reduce_partial, without
+from parallel.contract import (
+    axes_of,
+    contract,
+    contract_partial,
+    gathered,
+    reduce_partial,
+    without,
+)
 from parallel.gather import gather
 from parallel.mesh import PIPE
 from parallel.rules import FSDP
-from parallel.zero import Twin
+from parallel.stored import Composed, Packed, Stored, differentiable, usable
+from parallel.twin import Twin
+
+Weight = jax.Array | Twin | Stored
 
 
-def einsum(equation: str, x: jax.Array, w: jax.Array | Twin, out: P) -> jax.Array:
+def einsum(equation: str, x: jax.Array, w: Weight, out: P, inside: P | None = None) -> jax.Array:
     """`jnp.einsum(equation, x, w)` in the dtype of `x`, laid out as `out`."""
-    return einsums(equation, x, [w], [out])[0]
+    return einsums(equation, x, [w], [out], inside)[0]
 
 
 def einsums(
     equation: str,
     x: jax.Array,
-    weights: Sequence[jax.Array | Twin],
+    weights: Sequence[Weight],
     outs: Sequence[P],
     inside: P | None = None,
 ) -> list[jax.Array]:
@@ -41,22 +55,38 @@ def einsums(
     Args:
       equation: of one product; it contracts a dim of `x` with one of the weight.
       x: the input.
-      weights: in the dtype of `x`, perhaps divided over fsdp.
+      weights: in the dtype of `x` or stored otherwise, perhaps divided over fsdp.
       outs: layout of each result.
       inside: the layout that `x` is brought to first. Its gradient comes back in the layout of `x`:
         under sequence parallelism the all-gather and the reduce-scatter of its gradient are here.
     """
-    used = [w.whole if isinstance(w, Twin) else w for w in weights]
-    differentiated = [w.part if isinstance(w, Twin) else w for w in weights]
-    for array in used:
-        assert array.dtype == x.dtype, (equation, array.dtype, x.dtype)
     own = jax.typeof(x).sharding.spec
+    inside = own if inside is None else inside
+    pairs = list(zip(weights, outs, strict=True))
+    together = [(w, out) for w, out in pairs if not isinstance(w, Composed)]
+    found = iter(_together(equation, x, together, inside, own) if together else [])
+    return [
+        w.product(einsum, equation, x, out, inside) if isinstance(w, Composed) else next(found)
+        for w, out in pairs
+    ]
+
+
+def _together(
+    equation: str, x: jax.Array, pairs: Sequence[tuple[Any, P]], inside: P, own: P
+) -> list[jax.Array]:
+    """Products with arrays and packed weights: one sum of the input's partial gradients."""
+    weights = [w for w, _ in pairs]
+    differentiated = [differentiable(w) for w in weights]
+    for w in weights:
+        array = w.whole if isinstance(w, Twin) else w
+        assert isinstance(w, Packed) or array.dtype == x.dtype, (equation, w, x.dtype)
+    used = [w.whole if isinstance(w, Twin) else w for w in weights]
     static = _Static(
         equation,
-        tuple(outs),
-        own if inside is None else inside,
+        tuple(out for _, out in pairs),
+        inside,
         own,
-        tuple(jax.typeof(w).sharding.spec for w in differentiated),
+        tuple(None if d is None else jax.typeof(d).sharding.spec for d in differentiated),
     )
     return _products(static, x, used, differentiated)
 
@@ -66,22 +96,35 @@ class _Static(NamedTuple):
     outs: tuple[P, ...]
     inside: P
     input_gradient: P
-    weight_gradients: tuple[P, ...]
+    weight_gradients: tuple[P | None, ...]
+
+    def usable(self, weight: Any, out: P, dtype: Any) -> jax.Array:
+        """The array to compute with: whole over fsdp and stages, divided as what it meets."""
+        if not isinstance(weight, Packed):
+            return gathered(weight, FSDP, PIPE)
+        inputs, result = self.equation.split("->")
+        x_dims, w_dims = inputs.split(",")
+        over = axes_of(self.inside[x_dims.index(d)] for d in x_dims if d not in result)
+        wanted = [
+            self.inside[x_dims.index(d)] if d in x_dims else without(out[result.index(d)], over)
+            for d in w_dims
+        ]
+        return jax.reshard(usable(weight, dtype), P(*wanted))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _products(
-    static: _Static, x: jax.Array, weights: list[jax.Array], differentiated: list[jax.Array]
+    static: _Static, x: jax.Array, weights: list[Any], differentiated: list[jax.Array | None]
 ) -> list[jax.Array]:
     return _forward(static, x, weights, differentiated)[0]
 
 
 def _forward(
-    static: _Static, x: jax.Array, weights: list[jax.Array], differentiated: list[jax.Array]
-) -> tuple[list[jax.Array], tuple[jax.Array, list[jax.Array]]]:
+    static: _Static, x: jax.Array, weights: list[Any], differentiated: list[jax.Array | None]
+) -> tuple[list[jax.Array], tuple[jax.Array, list[Any]]]:
     x = gather(x, static.inside)
     products = [
-        contract(static.equation, x, gathered(w, FSDP, PIPE), out)
+        contract(static.equation, x, static.usable(w, out, x.dtype), out)
         for w, out in zip(weights, static.outs, strict=True)
     ]
     return products, (x, weights)
@@ -89,34 +132,31 @@ def _forward(
 
 def _backward(
     static: _Static,
-    residuals: tuple[jax.Array, list[jax.Array]],
+    residuals: tuple[jax.Array, list[Any]],
     cotangents: list[jax.Array],
-) -> tuple[jax.Array, None, list[jax.Array]]:
+) -> tuple[jax.Array, None, list[jax.Array | None]]:
     x, weights = residuals
     inputs, result = static.equation.split("->")
     x_dims, w_dims = inputs.split(",")
+    whole = [static.usable(w, out, x.dtype) for w, out in zip(weights, static.outs, strict=True)]
 
     def aligned(g: jax.Array, w: jax.Array) -> jax.Array:
         # As the input and the weight: where the product was scattered, this gathers.
         own = jax.typeof(w).sharding.spec
         spec = [
-            static.inside[x_dims.index(d)]
-            if d in x_dims
-            else without(own[w_dims.index(d)], (FSDP, PIPE))
-            for d in result
+            static.inside[x_dims.index(d)] if d in x_dims else own[w_dims.index(d)] for d in result
         ]
         return jax.reshard(g, P(*spec))
 
-    cotangents = [aligned(g, w) for g, w in zip(cotangents, weights, strict=True)]
+    cotangents = [aligned(g, w) for g, w in zip(cotangents, whole, strict=True)]
     sums: dict[P, jax.Array] = {}  # partial gradients of the input, by what they are partial over
-    for g, w in zip(cotangents, weights, strict=True):
-        whole = gathered(w, FSDP, PIPE)
-        dx = contract_partial(f"{result},{w_dims}->{x_dims}", g, whole, static.inside)
+    for g, w in zip(cotangents, whole, strict=True):
+        dx = contract_partial(f"{result},{w_dims}->{x_dims}", g, w, static.inside)
         spec = jax.typeof(dx).sharding.spec
         sums[spec] = sums[spec] + dx if spec in sums else dx
     first, *others = (reduce_partial(dx, static.input_gradient) for dx in sums.values())
     gradients = [
-        contract(f"{x_dims},{result}->{w_dims}", x, g, spec)
+        None if spec is None else contract(f"{x_dims},{result}->{w_dims}", x, g, spec)
         for g, spec in zip(cotangents, static.weight_gradients, strict=True)
     ]
     return sum(others, first), None, gradients

@@ -25,7 +25,8 @@ from parallel.contract import axes_of, by_device, gathered, without
 from parallel.gather import gather
 from parallel.mesh import PIPE
 from parallel.rules import FSDP
-from parallel.zero import Twin
+from parallel.stored import Packed, differentiable
+from parallel.twin import Twin
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 512, 8
 
@@ -34,13 +35,26 @@ class _Static(NamedTuple):
     outs: tuple[P, ...]
     inside: P
     input_gradient: P
-    weight_gradients: tuple[P, ...]
+    weight_gradients: tuple[P | None, ...]
+
+    def usable(self, weights: list[Any], dtype: Any) -> list[jax.Array]:
+        """Those that are packed made dense, divided as what they meet."""
+
+        def dense(w: Any, out: P) -> jax.Array:
+            if not isinstance(w, Packed):
+                return w
+            column = without(out[2], axes_of([self.inside[2]]))
+            array = w.dense(dtype)
+            expert = jax.typeof(array).sharding.spec[0]
+            return jax.reshard(array, P(expert, self.inside[2], column))
+
+        return [dense(w, out) for w, out in zip(weights, self.outs, strict=True)]
 
 
 def grouped(
     sizes_GE: jax.Array,
     x_GRX: jax.Array,
-    weights: Sequence[jax.Array | Twin],
+    weights: Sequence[Any],
     outs: Sequence[P],
     inside: P | None = None,
 ) -> list[jax.Array]:
@@ -49,18 +63,19 @@ def grouped(
     Args:
       sizes_GE: int32, rows of each expert that a group's device has.
       x_GRX: rows sorted by expert, G groups of them; those after the last expert's give zero.
-      weights: [E, X, Y] each, in the dtype of x, divided over the experts of a device's group.
+      weights: [E, X, Y] each, in the dtype of x or packed (`parallel.stored`), divided over the
+        experts of a device's group.
       outs: layout of each result; a contracted dim that is divided is summed over.
       inside: the layout that x is brought to first; its gradient comes back in that of x.
     """
     used = [w.whole if isinstance(w, Twin) else w for w in weights]
-    differentiated = [w.part if isinstance(w, Twin) else w for w in weights]
+    differentiated = [differentiable(w) for w in weights]
     own = jax.typeof(x_GRX).sharding.spec
     static = _Static(
         tuple(outs),
         own if inside is None else inside,
         own,
-        tuple(jax.typeof(w).sharding.spec for w in differentiated),
+        tuple(None if d is None else jax.typeof(d).sharding.spec for d in differentiated),
     )
     return _products(static, x_GRX, sizes_GE, used, differentiated)
 
@@ -70,8 +85,8 @@ def _products(
     static: _Static,
     x: jax.Array,
     sizes: jax.Array,
-    weights: list[jax.Array],
-    differentiated: list[jax.Array],
+    weights: list[Any],
+    differentiated: list[jax.Array | None],
 ) -> list[jax.Array]:
     return _forward(static, x, sizes, weights, differentiated)[0]
 
@@ -80,23 +95,24 @@ def _forward(
     static: _Static,
     x: jax.Array,
     sizes: jax.Array,
-    weights: list[jax.Array],
-    differentiated: list[jax.Array],
-) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array, list[jax.Array]]]:
+    weights: list[Any],
+    differentiated: list[jax.Array | None],
+) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array, list[Any]]]:
     x = gather(x, static.inside)
     products = [
         _rows([x], [w], sizes, out, transposed=False)
-        for w, out in zip(weights, static.outs, strict=True)
+        for w, out in zip(static.usable(weights, x.dtype), static.outs, strict=True)
     ]
     return products, (x, sizes, weights)
 
 
 def _backward(
     static: _Static,
-    residuals: tuple[jax.Array, jax.Array, list[jax.Array]],
+    residuals: tuple[jax.Array, jax.Array, list[Any]],
     cotangents: list[jax.Array],
-) -> tuple[jax.Array, None, None, list[jax.Array]]:
+) -> tuple[jax.Array, None, None, list[jax.Array | None]]:
     x, sizes, weights = residuals
+    weights = static.usable(weights, x.dtype)
     columns = [without(jax.typeof(w).sharding.spec[2], (FSDP, PIPE)) for w in weights]
     cotangents = [
         jax.reshard(dy, P(*out[:2], column))
@@ -104,7 +120,7 @@ def _backward(
     ]
     dx = _rows(cotangents, weights, sizes, static.input_gradient, transposed=True)
     gradients = [
-        _weight_gradient(x, dy, sizes, w, spec)
+        None if spec is None else _weight_gradient(x, dy, sizes, w, spec)
         for dy, w, spec in zip(cotangents, weights, static.weight_gradients, strict=True)
     ]
     return dx, None, None, gradients

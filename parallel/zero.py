@@ -11,56 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from parallel.exchange import to_rows, to_spread
 from parallel.gather import gather
 from parallel.rules import Rules, is_staged
+from parallel.stored import cast
+from parallel.twin import Twin
 
 Tree = Any
-
-
-class Twin(NamedTuple):
-    """One weight twice: `whole` is what is computed with, `part` is what is differentiated."""
-
-    whole: jax.Array
-    part: jax.Array
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _join(part_sharding: jax.sharding.Sharding, whole: jax.Array, part: jax.Array) -> jax.Array:
-    return whole
-
-
-def _join_forward(
-    part_sharding: jax.sharding.Sharding, whole: jax.Array, part: jax.Array
-) -> tuple[jax.Array, None]:
-    return whole, None
-
-
-def _join_backward(
-    part_sharding: jax.sharding.Sharding, residuals: None, cotangent: jax.Array
-) -> tuple[None, jax.Array]:
-    return None, jax.reshard(cotangent, part_sharding)
-
-
-_join.defvjp(_join_forward, _join_backward)
-
-
-def joined(weight: jax.Array | Twin) -> jax.Array:
-    """The array to compute with."""
-    if isinstance(weight, Twin):
-        return _join(jax.typeof(weight.part).sharding, weight.whole, weight.part)
-    return weight
-
-
-def whole(weight: jax.Array | Twin, spec: PartitionSpec) -> jax.Array:
-    """The array to compute with, gathered over fsdp; `spec` is `Rules.gathered(...)`."""
-    return jax.reshard(joined(weight), spec)
 
 
 def for_model(
@@ -82,17 +44,18 @@ def for_model(
       takes. The gradients come out as `rules.of_gradient` says, in `dtype`.
     """
     if rules.staged:
-        return jax.tree.map(partial(_spread, rules, dtype), params, axes), lambda leaves: leaves
+        return jax.tree.map(
+            partial(_spread, rules), cast(params, dtype), axes
+        ), lambda leaves: leaves
     leaves, copy = laid_out(params, axes, rules, dtype)
     return leaves, lambda leaves: together(leaves, copy)
 
 
-def _spread(rules: Rules, dtype: str, array: jax.Array, names: str) -> jax.Array:
-    cast = array.astype(dtype)
+def _spread(rules: Rules, array: jax.Array, names: str) -> jax.Array:
     if not is_staged(names):
-        return jax.reshard(cast, rules.in_model(names, array.shape))
+        return jax.reshard(array, rules.in_model(names, array.shape))
     spec = rules.spread(names, array.shape)
-    return to_spread(cast, spec, range(len(array))) if rules.rows else jax.reshard(cast, spec)
+    return to_spread(array, spec, range(len(array))) if rules.rows else jax.reshard(array, spec)
 
 
 def laid_out(
@@ -106,12 +69,11 @@ def laid_out(
     """
 
     def own(array: jax.Array, names: str) -> jax.Array:
-        array = array.astype(dtype)
         if rows is None or not is_staged(names):
             return array
         return to_rows(array, rules.spread(names, array.shape), rows)
 
-    cast = jax.tree.map(own, params, axes)
+    used = jax.tree.map(own, cast(params, dtype), axes)
     lay_out = gather if rules.zero == 2 else jax.reshard
 
     def in_model(array: jax.Array, names: str) -> jax.Array:
@@ -120,8 +82,8 @@ def laid_out(
     def in_stage(array: jax.Array, names: str) -> jax.Array:
         return jax.reshard(array, rules.in_stage(names, array.shape))
 
-    copy = jax.tree.map(in_model, cast, axes)
-    return (jax.tree.map(in_stage, cast, axes), copy) if rules.zero == 2 else (copy, None)
+    copy = jax.tree.map(in_model, used, axes)
+    return (jax.tree.map(in_stage, used, axes), copy) if rules.zero == 2 else (copy, None)
 
 
 def together(leaves: Tree, copy: Tree | None) -> Tree:

@@ -23,7 +23,7 @@ def freeze(model: Model, patterns: Sequence[str]) -> Model:
       ValueError: a pattern that names none, or patterns that leave nothing to train.
     """
     frozen = matching(patterns, named(model.axes))
-    return replace(model, frozen=frozen) if frozen else model
+    return replace(model, frozen=model.frozen | frozen)
 
 
 def matching(patterns: Sequence[str], names: Iterable[str]) -> frozenset[str]:

@@ -15,6 +15,7 @@ from parallel.cut import Cut
 from parallel.pipeline import PipelineConfig
 from parallel.precision import LossScale, PrecisionConfig
 from parallel.rules import Rules
+from parallel.stored import cast
 from training.naming import named
 from training.offload import Offloaded
 from training.optim import Optimizer, state_specs
@@ -103,7 +104,7 @@ def placed_params(
 
 
 def _cast(params: Tree, precision: PrecisionConfig) -> Tree:
-    return jax.tree.map(lambda p: p.astype(precision.params), params)
+    return cast(params, precision.params)
 
 
 def drawn_params(

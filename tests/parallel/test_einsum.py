@@ -10,7 +10,7 @@ import pytest
 from parallel.einsum import einsum, einsums
 from parallel.mesh import MeshConfig
 from parallel.rules import ParallelConfig, make_rules
-from parallel.zero import Twin
+from parallel.twin import Twin
 from tests.hlo import collectives
 
 B, T, D, N, H, F = 8, 4, 16, 4, 6, 32

@@ -9,7 +9,8 @@ import pytest
 
 from parallel.mesh import MeshConfig
 from parallel.rules import ParallelConfig, make_rules
-from parallel.zero import Twin, for_model, joined, whole, zeros_like_gradients
+from parallel.twin import Twin, joined, whole
+from parallel.zero import for_model, zeros_like_gradients
 
 SIZES = {"fsdp": 4, "tensor": 2}
 SHAPES = {"up": (16, 8), "bias": (8,), "gain": (16,)}
