@@ -1,4 +1,4 @@
-"""Weights rounded to codes: to the nearest, or as calibration text says (GPTQ, AWQ, SmoothQuant)."""
+"""Weights rounded to codes: to the nearest, or as calibration text says."""
 
 from __future__ import annotations
 

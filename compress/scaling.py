@@ -1,9 +1,9 @@
 """Scales of inputs before rounding: AWQ and SmoothQuant, each a function that keeps the layer's.
 
 AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978): s_k = mean|x_k|^a, the exponent searched
-for the least error of the outputs; what is multiplied is rounded less coarsely. SmoothQuant (Xiao et
-al. 2022, https://arxiv.org/abs/2211.10438): s_k = max|x_k|^a / max|w_k|^(1 - a), which moves what
-is hard to round from inputs to weights.
+for the least error of the outputs; what is multiplied is rounded less coarsely. SmoothQuant (Xiao
+et al. 2022, https://arxiv.org/abs/2211.10438): s_k = max|x_k|^a / max|w_k|^(1 - a), which moves
+what is hard to round from inputs to weights.
 """
 
 from __future__ import annotations
