@@ -19,15 +19,18 @@ from jax.sharding import NamedSharding
 
 from parallel.mesh import platform
 from parallel.rules import Rules
+from training.by_layer import ByLayer, Place, by_layer, unstacked
 from training.matrices import decays, scale_by_factored_rms, scale_by_muon
 from training.naming import completed, restricted
-from training.offload import Offloaded, offloaded
+from training.quantised_adam import scale_by_quantised_adam
+from training.rounding import rounded, widened
 from training.schedules import make_schedule
 
-NAMES = ("adamw", "adafactor", "lion", "muon", "sgd")
+NAMES = ("adamw", "adafactor", "lion", "muon", "sgd", "adamw8bit", "adamw4bit")
+LEAN = ("adamw8bit", "adamw4bit")  # need float32 sums beside what they keep
 SCHEDULES = ("cosine", "wsd", "constant")
 
-Optimizer: TypeAlias = optax.GradientTransformation | Offloaded
+Optimizer: TypeAlias = optax.GradientTransformation | ByLayer
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,11 @@ class OptimizerConfig:
       b1, b2: decay of first and second moments (adamw, lion, and muon's tables and vectors).
       eps: added to the denominator.
       momentum: of sgd and muon; 0 gives sgd without state.
-      offload: moments of the stacked layers live in host memory (training/offload.py).
+      offload: moments of the stacked layers live in host memory (training/by_layer.py).
       frozen: patterns of canonical names, such as "stack/*", of parameters that are not trained
         (training/frozen.py).
+      stochastic_rounding: parameters and moments in bfloat16 are rounded up or down by chance, by
+        how near they are (training/rounding.py).
     """
 
     name: str = "adamw"
@@ -65,6 +70,7 @@ class OptimizerConfig:
     momentum: float = 0.9
     offload: bool = False
     frozen: tuple[str, ...] = ()
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         def check(key: str, right: bool, hint: str) -> None:
@@ -104,14 +110,20 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any) -> Opti
     (Lion), https://arxiv.org/abs/2302.06675; Adafactor and Muon in `training/matrices.py`.
     """
     make = partial(_chain, config, total_steps)
-    return offloaded(make, axes) if config.offload else make(axes)
+    looped = config.offload or config.name in LEAN or config.stochastic_rounding
+    return by_layer(make, axes, host=config.offload) if looped else make(axes)
 
 
 def _chain(
     config: OptimizerConfig, total_steps: int, axes: Any
 ) -> optax.GradientTransformationExtraArgs:
+    quantised = partial(
+        scale_by_quantised_adam, axes, b1=config.b1, b2=config.b2, eps=config.eps
+    )
     direction = {
         "adamw": lambda: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        "adamw8bit": lambda: quantised(bits=8),
+        "adamw4bit": lambda: quantised(bits=4),
         "adafactor": lambda: scale_by_factored_rms(axes),
         "lion": lambda: optax.scale_by_lion(b1=config.b1, b2=config.b2),
         "muon": lambda: scale_by_muon(
@@ -155,6 +167,7 @@ def apply_update(
     params: Any,
     *,
     scale: Array | float = 1.0,
+    rounding: Array | None = None,
 ) -> tuple[Any, Any, Array, Array]:
     """One update, or, if the gradient is not finite, the old parameters and state bit for bit.
 
@@ -165,6 +178,7 @@ def apply_update(
       opt_state: of `optimizer.init`.
       params: master parameters.
       scale: how many times too large the gradients are (float16's loss scale).
+      rounding: the key of this step, by which bfloat16 is rounded; None: to the nearest.
 
     Returns:
       (params, opt_state, grad_norm, finite): the global norm before clipping, float32, of all
@@ -178,19 +192,27 @@ def apply_update(
     finite = jnp.isfinite(norm)
 
     def update(
-        optimizer: optax.GradientTransformation, grads: Any, params: Any, opt_state: Any
+        optimizer: optax.GradientTransformation,
+        grads: Any,
+        params: Any,
+        opt_state: Any,
+        place: Place = unstacked,
     ) -> tuple[Any, Any]:
         def new(params: Any, opt_state: Any) -> tuple[Any, Any]:
+            old = params, opt_state
+            if rounding is not None:
+                params, opt_state = widened(old)
             like_param = lambda g, p: (g.astype(jnp.float32) / scale).astype(p.dtype)
             updates, opt_state = optax.with_extra_args_support(optimizer).update(
                 jax.tree.map(like_param, grads, params), opt_state, params, grad_norm=norm
             )
-            return optax.apply_updates(params, updates), opt_state
+            found = optax.apply_updates(params, updates), opt_state
+            return found if rounding is None else rounded(found, old, rounding, place)
 
         return _update_if(finite, new, params, opt_state)
 
     with jax.numpy_dtype_promotion("standard"):  # optax raises decay rates to integer powers
-        if isinstance(optimizer, Offloaded):
+        if isinstance(optimizer, ByLayer):
             params, opt_state = optimizer.update(update, grads, params, opt_state)
         else:
             params, opt_state = update(optimizer, grads, params, opt_state)

@@ -17,7 +17,7 @@ from parallel.targets import parse_target
 from tests.small import layout
 from tests.training.test_optim import AXES, arrays, config_of, place, rules_for
 from training.checkpoint import CheckpointConfig, Checkpoints
-from training.offload import Offloaded
+from training.by_layer import ByLayer
 from training.optim import NAMES, apply_update, make_optimizer, state_specs
 from training.schedules import make_schedule
 from training.state import abstract_state, create_state, shardings_of
@@ -31,7 +31,7 @@ MESH = dict(fsdp=4, tensor=2)
 def shardings_for(optimizer, params, rules):
     """Where the state of these parameters belongs, on the current mesh."""
     shardings = shardings_of(state_specs(optimizer, AXES, params, rules), get_mesh())
-    return optimizer.placed(shardings, params) if isinstance(optimizer, Offloaded) else shardings
+    return optimizer.placed(shardings, params) if isinstance(optimizer, ByLayer) else shardings
 
 
 def laid_out(optimizer, rules):
