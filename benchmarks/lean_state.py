@@ -1,6 +1,6 @@
 """What a smaller training state costs in held-out bits per byte, on real text.
 
-    JAX_PLATFORMS=cpu python benchmarks/lean_state.py [--seeds=3] [--steps=300] [NAME ...]
+    JAX_PLATFORMS=cpu python benchmarks/lean_state.py [--seeds=3] [--steps=200] [NAME ...]
 
 Trains configs/tiny.py (0.95 million parameters) on the Python standard library, each optimizer
 for as many steps on the same batches, and evaluates the last parameters. A seed is that of the
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="NAME", help="all if none is named")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
     found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for case in options.cases or CASES:

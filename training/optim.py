@@ -26,8 +26,8 @@ from training.quantised_adam import scale_by_quantised_adam
 from training.rounding import rounded, widened
 from training.schedules import make_schedule
 
-NAMES = ("adamw", "adafactor", "lion", "muon", "sgd", "adamw8bit", "adamw4bit")
-LEAN = ("adamw8bit", "adamw4bit")  # need float32 sums beside what they keep
+BITS = {"adamw8bit": 8, "adamw4bit": 4}  # of a moment
+NAMES = ("adamw", "adafactor", "lion", "muon", "sgd", *BITS)
 SCHEDULES = ("cosine", "wsd", "constant")
 
 Optimizer: TypeAlias = optax.GradientTransformation | ByLayer
@@ -110,7 +110,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any) -> Opti
     (Lion), https://arxiv.org/abs/2302.06675; Adafactor and Muon in `training/matrices.py`.
     """
     make = partial(_chain, config, total_steps)
-    looped = config.offload or config.name in LEAN or config.stochastic_rounding
+    looped = config.offload or config.name in BITS or config.stochastic_rounding
     return by_layer(make, axes, host=config.offload) if looped else make(axes)
 
 
@@ -122,8 +122,7 @@ def _chain(
     )
     direction = {
         "adamw": lambda: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        "adamw8bit": lambda: quantised(bits=8),
-        "adamw4bit": lambda: quantised(bits=4),
+        **{name: partial(quantised, bits=bits) for name, bits in BITS.items()},
         "adafactor": lambda: scale_by_factored_rms(axes),
         "lion": lambda: optax.scale_by_lion(b1=config.b1, b2=config.b2),
         "muon": lambda: scale_by_muon(

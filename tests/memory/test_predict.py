@@ -21,7 +21,7 @@ from models.weights import model_weights
 from parallel.footprint import tiled_size
 from parallel.mesh import make_mesh
 from parallel.targets import cpu_target, parse_target
-from training.optim import make_optimizer
+from training.optim import NAMES, make_optimizer
 from training.state import abstract_params, abstract_state
 
 PART = 0.1  # of a total, as `benchmarks/memory_accuracy.py` finds for nine cells of ten
@@ -83,7 +83,7 @@ LAYOUTS_OF_SHARED = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "muon", "sgd"])
+@pytest.mark.parametrize("optimizer", NAMES)
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [("tiny", layout) for layout in LAYOUTS]
