@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 RESULT = ROOT / "benchmarks" / "results" / "lean_state.json"
 SHAPE = (
-    *("data.batch_size=16", "eval.batches=32", "optimizer.warmup_steps=20"),
+    *("data.batch_size=8", "eval.batches=64", "optimizer.warmup_steps=20"),
     *("logging.tensorboard=False", "memory.check=off"),
 )
 CASES = {
@@ -33,6 +33,12 @@ CASES = {
     "adamw8bit": ("optimizer.name=adamw8bit",),
     "adamw4bit": ("optimizer.name=adamw4bit",),
     "adafactor": ("optimizer.name=adafactor",),
+    # matrices of 128 to 384; at AdamW's rate, so without the 0.25 that GaLore's higher one goes with
+    "galore": (
+        *("optimizer.name=galore", "optimizer.rank=32", "optimizer.refresh=50"),
+        "optimizer.projection_scale=1",
+    ),
+    "apollo": ("optimizer.name=apollo", "optimizer.rank=32", "optimizer.refresh=50"),
     "bfloat16, rounded by chance": (
         *("precision.params=bfloat16", "optimizer.stochastic_rounding=True"),
     ),
@@ -74,7 +80,9 @@ def state_bytes(case: str) -> dict[str, float]:
         optimizer = make_optimizer(experiment.optimizer, 1, model.axes)
         state = jax.eval_shape(optimizer.init, params)
     held = {"params": params, "optimizer": state}
-    sums = {name: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(held[name])) for name in held}
+    sums = {
+        name: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(held[name])) for name in held
+    }
     return {name: round(total / count_of(params), 3) for name, total in sums.items()}
 
 

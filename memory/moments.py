@@ -9,8 +9,9 @@ from typing import Any
 from memory.job import Job
 from parallel.footprint import ITEM, Weight
 from training.blocks import FIRST, SECOND, divided
+from training.low_rank import sides_of
 from training.matrices import decays, matrix_dims, orthogonalises
-from training.optim import BITS
+from training.optim import BITS, SCALES
 
 
 def moments(
@@ -26,6 +27,8 @@ def moments(
     whole = at_rest(weights) * item
     if name in BITS:
         return _quantised(job, weights, at_rest)
+    if name in SCALES:
+        return {key: item * size for key, size in _low_rank(job, weights, at_rest).items()}
     if name == "adamw":
         return {"first moment": whole, "second moment": whole}
     if name == "lion" or (name == "sgd" and momentum):
@@ -69,6 +72,32 @@ def _quantised(
             local, codes = (_local(job, weight, s) for s in (weight.shape, layout.codes))
             found[name] += at_rest([weight]) * codes // local
             found[name] += 4 * _local(job, weight, layout.scales)
+    return found
+
+
+def _low_rank(
+    job: Job, weights: list[Weight], at_rest: Callable[[list[Weight]], int]
+) -> dict[str, int]:
+    """Moments of projected matrices and, of GaLore, their projections; whole moments of others."""
+    found = {"projections": 0, "projected moments": 0, "moments of what is not projected": 0}
+    for weight in weights:
+        sides = sides_of(weight.axes, weight.shape, job.optimizer.rank)
+        if sides is None:
+            found["moments of what is not projected"] += 2 * at_rest([weight])
+            continue
+        size = lambda entry: _size(job, entry)
+        parts = [
+            math.prod(shape) // math.prod(map(size, entries))
+            for shape, entries in zip(
+                (sides.projection, sides.moment),
+                sides.divided(_entries(job, weight), size),
+                strict=True,
+            )
+        ]
+        found["projections"] += parts[0]
+        found["projected moments"] += 2 * parts[1]
+    if job.optimizer.name == "apollo":
+        del found["projections"]
     return found
 
 

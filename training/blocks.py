@@ -252,7 +252,9 @@ class _Placed:
     def pieces(self, tile: tuple[int, ...]) -> dict[int, int]:
         """Dim -> the part of a block in it that is on one device."""
         local = (n // self.size(e) for n, e in zip(self.like.shape, self.entries, strict=True))
-        return {i: math.gcd(t, n) for i, (t, n) in enumerate(zip(tile, local, strict=True)) if t > 1}
+        return {
+            i: math.gcd(t, n) for i, (t, n) in enumerate(zip(tile, local, strict=True)) if t > 1
+        }
 
     def largest(self, array: Array, tile: tuple[int, ...]) -> Array:
         """The largest number of every block."""
