@@ -112,7 +112,7 @@ def sides_of(axes: str, shape: tuple[int, ...], rank: int) -> Sides | None:
 class LowRankState(NamedTuple):
     """{"projection"} of GaLore, and moments {"mu", "nu"}, of R or of the whole; dtype as params."""
 
-    count: Array
+    step: Array
     moments: Tree
 
 
@@ -210,7 +210,7 @@ def scale_by_low_rank(
         ) -> tuple[Array, dict[str, Array]]:
             sides = sides_of(names, g.shape, rank)
             if sides is None:
-                step, new = adam(g.astype(jnp.float32), kept, state.count)
+                step, new = adam(g.astype(jnp.float32), kept, state.step)
                 return step.astype(g.dtype), new
 
             def run(
@@ -221,15 +221,16 @@ def scale_by_low_rank(
                 return step.astype(g.dtype), new
 
             if jax.typeof(g).sharding.mesh.empty:
-                return run(g, kept, state.count)
+                return run(g, kept, state.step)
             specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (g, kept))
-            return jax.sharding.auto_axes(run, out_sharding=specs)(g, kept, state.count)
+            return jax.sharding.auto_axes(run, out_sharding=specs)(g, kept, state.step)
 
-        leaves, structure = jax.tree.flatten(grads)
+        leaves = jax.tree.leaves(grads)
+        structure: Any = jax.tree.structure(grads)
         of_leaves = (structure.flatten_up_to(tree) for tree in (axes, state.moments))
         found = [one(*of) for of in zip(leaves, *of_leaves, named(grads), strict=True)]
         steps, moments = (structure.unflatten([f[i] for f in found]) for i in range(2))
-        return steps, LowRankState(optax.safe_increment(state.count), moments)
+        return steps, LowRankState(optax.safe_increment(state.step), moments)
 
     return optax.GradientTransformation(init, update)
 

@@ -148,7 +148,7 @@ def _chain(
         b2=config.b2,
         eps=config.eps,
     )
-    direction = {
+    directions: dict[str, Callable[[], optax.GradientTransformation]] = {
         "adamw": lambda: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         **{name: partial(quantised, bits=bits) for name, bits in BITS.items()},
         **{name: partial(low_rank, method=name, scale=config.scale) for name in SCALES},
@@ -158,10 +158,10 @@ def _chain(
             axes, momentum=config.momentum, b1=config.b1, b2=config.b2, eps=config.eps
         ),
         "sgd": lambda: optax.trace(config.momentum) if config.momentum else optax.identity(),
-    }[config.name]()
+    }
     return optax.named_chain(
         ("clip", _clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()),
-        ("direction", direction),
+        ("direction", directions[config.name]()),
         ("decay", optax.add_decayed_weights(config.weight_decay, jax.tree.map(decays, axes))),
         ("rate", optax.scale_by_learning_rate(make_schedule(config, total_steps))),
     )

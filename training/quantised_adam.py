@@ -18,7 +18,7 @@ Tree = Any
 class QuantisedState(NamedTuple):
     """Both moments: {"codes", "scales"} of a matrix, {"full"}, float32, of a vector."""
 
-    count: Array
+    step: Array
     mu: Tree
     nu: Tree
 
@@ -56,8 +56,8 @@ def scale_by_quantised_adam(
         grads: Tree, state: QuantisedState, params: Tree = None
     ) -> tuple[Tree, QuantisedState]:
         del params
-        count = optax.safe_increment(state.count)
-        steps = count.astype(jnp.float32)
+        step = optax.safe_increment(state.step)
+        steps = step.astype(jnp.float32)
 
         def one(
             g: Array, names: str, mu: dict[str, Array], nu: dict[str, Array]
@@ -77,7 +77,8 @@ def scale_by_quantised_adam(
             root = jnp.sqrt(second / (1.0 - b2**steps)) + eps
             return (first / (1.0 - b1**steps) / root).astype(g.dtype), mu, nu
 
-        leaves, structure = jax.tree.flatten(grads)
+        leaves = jax.tree.leaves(grads)
+        structure: Any = jax.tree.structure(grads)
         found = [
             one(*of_leaf)
             for of_leaf in zip(
@@ -87,6 +88,6 @@ def scale_by_quantised_adam(
             )
         ]
         updates, mu, nu = (structure.unflatten([f[i] for f in found]) for i in range(3))
-        return updates, QuantisedState(count, mu, nu)
+        return updates, QuantisedState(step, mu, nu)
 
     return optax.GradientTransformation(init, update)

@@ -5,8 +5,8 @@ Rounded by chance, it arrives in one of so many steps. What is drawn is a functi
 the name of the array, of the layer and of the place in it: the same on every mesh, since threefry
 is partitionable.
 
-Sources: Gupta et al. 2015, https://arxiv.org/abs/1502.02551; for training in bfloat16 alone, Zamirai
-et al. 2021, https://arxiv.org/abs/2010.06192.
+Sources: Gupta et al. 2015, https://arxiv.org/abs/1502.02551; for training in bfloat16 alone,
+Zamirai et al. 2021, https://arxiv.org/abs/2010.06192.
 """
 
 from __future__ import annotations

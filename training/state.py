@@ -15,8 +15,8 @@ from parallel.cut import Cut
 from parallel.pipeline import PipelineConfig
 from parallel.precision import LossScale, PrecisionConfig
 from parallel.rules import Rules
-from training.naming import named
 from training.by_layer import ByLayer
+from training.naming import named
 from training.optim import Optimizer, state_specs
 
 Tree = Any

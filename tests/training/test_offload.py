@@ -16,8 +16,8 @@ from parallel.precision import PrecisionConfig
 from parallel.targets import parse_target
 from tests.small import layout
 from tests.training.test_optim import AXES, arrays, config_of, place, rules_for
-from training.checkpoint import CheckpointConfig, Checkpoints
 from training.by_layer import ByLayer
+from training.checkpoint import CheckpointConfig, Checkpoints
 from training.optim import BITS, NAMES, apply_update, make_optimizer, state_specs
 from training.schedules import make_schedule
 from training.state import abstract_state, create_state, shardings_of
