@@ -90,9 +90,9 @@ class Coding:
 # with decades that halve the number of levels. The fourth power has as many decades for the second
 # moment, and everywhere in them a step of 4 / code instead of from 1% to 100% of the number.
 FIRST = {8: Coding(Map(127, 4, signed=True), 256, 8), 4: Coding(Map(7, 2, signed=True), 128, 4)}
-# 4 bits after Li et al. 2023, https://arxiv.org/abs/2309.01507, without zero; evenly spaced is the
-# root of the second moment, which is what is divided by, and not that moment itself: of a block
-# whose sizes differ by e it keeps the root to 39% where the paper's is off by 66%.
+# 4 bits after Li et al. 2023, https://arxiv.org/abs/2309.01507, without zero. Evenly spaced is the
+# root of the second moment, which is what is divided by, and not that moment itself: the smallest
+# root is then a sixteenth of a block's largest and not a quarter.
 SECOND = {
     8: Coding(Map(256, 4, signed=False), 256, 8),
     4: Coding(Map(16, 2, signed=False), 128, 4),

@@ -92,8 +92,9 @@ LAYOUTS_OF_SHARED = {
     + [("tiny_shared", layout) for layout in ("zero 2, tensor", "frozen", "frozen stages")],
 )
 def test_state_and_batch_are_predicted_to_the_byte(shape, layout, optimizer):
-    values = (LAYOUTS | LAYOUTS_OF_SHARED)[layout]
-    chosen = experiment(shape, **values, optimizer__name=optimizer, data__batch_size=64)
+    values = dict((LAYOUTS | LAYOUTS_OF_SHARED)[layout])
+    values |= {"optimizer__name": optimizer, "optimizer__rank": 16}
+    chosen = experiment(shape, **values, data__batch_size=64)
     mesh = make_mesh(chosen.mesh)
     with jax.set_mesh(mesh):
         model = chosen.build_model()
