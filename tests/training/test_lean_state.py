@@ -56,7 +56,7 @@ def test_a_restored_state_goes_on_as_if_nothing_had_been(use_mesh, tmp_path, nam
 
 @pytest.mark.slow
 def test_all_of_it_at_once_trains_alike_on_one_device_and_in_stages():
-    """bfloat16 alone, moments in 8 bits, frozen tables, a pipeline whose stages divide the layers."""
+    """bfloat16 alone, moments in 8 bits, frozen tables, stages that divide the layers."""
     precision = PrecisionConfig(params="bfloat16")
     frozen = ("embedding*",)
     config = config_of("adamw8bit", learning_rate=1e-2, frozen=frozen, stochastic_rounding=True)
