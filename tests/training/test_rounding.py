@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.training.test_optim import AXES, STEPS, arrays, config_of, place, rules_for
+from tests.training.test_optim import config_of, rules_for
 from training.by_layer import unstacked
 from training.optim import apply_update, make_optimizer
 from training.rounding import rounded, stochastic
@@ -74,19 +74,30 @@ def test_updates_too_small_for_bfloat16_add_up(use_mesh):
     assert mean == pytest.approx(0.99, abs=5 * deviation)
 
 
-def trained(name, rules):
-    """bfloat16 parameters and state after a few updates."""
-    config = config_of(name, stochastic_rounding=True, clip_norm=0.0)
-    optimizer = make_optimizer(config, 10, AXES)
-    cast = lambda tree: jax.tree.map(lambda a: a.astype(BF16), tree)
-    params = place(cast(arrays(0)), rules.at_rest)
+MESH_AXES = {"up": "layers embed -> mlp", "table": "vocab -> embed"}
+SHAPES = {"up": (3, 16, 32), "table": (64, 16)}
+
+
+def trained(rules):
+    """bfloat16 parameters and momentum after two updates."""
+    optimizer = make_optimizer(
+        config_of("lion", stochastic_rounding=True, clip_norm=0.0), 10, MESH_AXES
+    )
+    rng = np.random.default_rng(0)
+
+    def drawn(spec_of, dtype):
+        return {
+            key: jax.device_put(jnp.asarray(rng.normal(size=shape), dtype), spec_of(axes, shape))
+            for (key, shape), axes in zip(SHAPES.items(), MESH_AXES.values(), strict=True)
+        }
+
+    params = drawn(rules.at_rest, BF16)
     state = jax.jit(optimizer.init)(params)
     types = jax.tree.map(jax.typeof, (params, state))
     step = jax.jit(lambda *args: apply_update(optimizer, *args[:3], rounding=args[3]))
-    for i in range(STEPS):
-        grads = place(arrays(i + 1), rules.of_gradient)
-        key = jax.random.fold_in(jax.random.key(0), i)
-        params, state, *_ = step(grads, state, params, key)
+    for i in range(2):
+        grads = drawn(rules.of_gradient, jnp.float32)
+        params, state, *_ = step(grads, state, params, jax.random.key(i))
     assert jax.tree.map(jax.typeof, (params, state)) == types
     return jax.tree.map(np.asarray, (params, state))
 
@@ -94,8 +105,8 @@ def trained(name, rules):
 def test_the_same_bits_on_every_mesh(use_mesh):
     """Layer by layer, and all at once where stages divide them; momentum is bfloat16, too."""
     with use_mesh():
-        want = trained("lion", rules_for({}, 0))
+        want = trained(rules_for({}, 0))
     for sizes in (dict(fsdp=4, tensor=2), dict(pipe=3, fsdp=2)):
         with use_mesh(**sizes):
-            got = trained("lion", rules_for(sizes, 3))
+            got = trained(rules_for(sizes, 3))
         jax.tree.map(np.testing.assert_array_equal, got, want)
