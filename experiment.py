@@ -13,7 +13,7 @@ from data import agree
 from data.config import DataConfig
 from data.objective import ObjectiveConfig
 from data.parts import ImageShape
-from experiment_checks import check_images, check_pipeline, divided
+from experiment_checks import check_images, check_optimizer, check_pipeline, divided
 from generation.config import GenerateConfig
 from memory.job import Job
 from memory.plan import MemoryConfig
@@ -292,6 +292,8 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         training=training,
     )
     check_objective(experiment.model, experiment.objective)
+    if training:
+        check_optimizer(experiment)
     if experiment.mesh.expert > 1 and not experiment.model.experts.number:
         raise ValueError(
             f"config.mesh.expert = {experiment.mesh.expert}: there are no experts to divide "

@@ -103,6 +103,7 @@ def train(config: Any, workdir: Path) -> None:
             experiment.precision,
             seed=experiment.seed,
             micro_steps=experiment.micro_steps,
+            stochastic=experiment.optimizer.stochastic_rounding,
         )
         jitted = jax.jit(step_fn, donate_argnums=0, compiler_options=safe_compilation())
         compiled: dict[Any, Callable[..., Any]] = {}  # by shapes: one, or one a bucket

@@ -170,7 +170,8 @@ def get_config() -> ConfigDict:
     data.cache = ""  # folder for tokenised text; empty: in the workdir
 
     config.optimizer = optimizer = ConfigDict()  # training/optim.py
-    optimizer.name = "adamw"  # adamw | adafactor | lion | muon | sgd
+    optimizer.name = "adamw"  # adamw | adafactor | lion | muon | sgd | and with less state
+    #                           adamw8bit | adamw4bit | galore | apollo; docs/optimizers.md
     optimizer.learning_rate = 1e-3  # at its highest
     optimizer.warmup_steps = 100
     optimizer.schedule = "cosine"  # cosine | wsd | constant
@@ -183,6 +184,12 @@ def get_config() -> ConfigDict:
     optimizer.momentum = 0.9  # sgd and muon
     optimizer.offload = False  # optimizer state in host memory, streamed layer by layer
     optimizer.frozen = ()  # patterns of parameters that stay as they are: ("embedding", "stack/*")
+    optimizer.rank = (
+        128  # galore and apollo: of the moments of matrices; apollo with 1: APOLLO-Mini
+    )
+    optimizer.refresh = 200  # galore and apollo: updates after which the projection changes
+    optimizer.projection_scale = 0.0  # factor of their updates; 0: 0.25, 1, APOLLO-Mini 128 ** 0.5
+    optimizer.stochastic_rounding = False  # with precision.params bfloat16: small updates add up
     optimizer.clip_norm = 1.0  # gradients with a larger global norm are scaled down to it; 0: off
 
     config.objective = objective = ConfigDict()  # data/objective.py

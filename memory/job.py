@@ -136,7 +136,13 @@ class Job:
         optimizer = make_optimizer(self.optimizer, self.steps, model.trained(model.axes))
         schedule = make_schedule(self.optimizer, self.steps)
         step = make_step(
-            model, optimizer, schedule, self.precision, seed=0, micro_steps=self.micro_steps
+            model,
+            optimizer,
+            schedule,
+            self.precision,
+            seed=0,
+            micro_steps=self.micro_steps,
+            stochastic=self.optimizer.stochastic_rounding,
         )
         return model, optimizer, step
 

@@ -189,9 +189,8 @@ class Terms:
     @cached_property
     def moments(self) -> dict[str, tuple[int, int]]:
         """Moment -> (bytes of the stacked weights, bytes of the others)."""
-        item = ITEM[self.job.precision.params]
         of = [moments(self.job, ws, lambda w: self.laid_out(w, "at_rest")) for ws in self.trained]
-        return {name: (of[0][name] * item, of[1][name] * item) for name in of[0]}
+        return {name: (of[0][name], of[1][name]) for name in of[0]}
 
     @cached_property
     def offloaded_state(self) -> int:

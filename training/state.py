@@ -16,8 +16,8 @@ from parallel.pipeline import PipelineConfig
 from parallel.precision import LossScale, PrecisionConfig
 from parallel.rules import Rules
 from parallel.stored import cast
+from training.by_layer import ByLayer
 from training.naming import named
-from training.offload import Offloaded
 from training.optim import Optimizer, state_specs
 
 Tree = Any
@@ -142,7 +142,7 @@ def state_shardings(
 ) -> TrainState:
     """The NamedSharding of every array of the state, which says in what memory it is."""
     shardings = shardings_of(state_partition(model, optimizer, precision), mesh)
-    if not isinstance(optimizer, Offloaded):
+    if not isinstance(optimizer, ByLayer):
         return shardings
     params = model.trained(abstract_params(model, precision))
     return shardings._replace(opt_state=optimizer.placed(shardings.opt_state, params))

@@ -21,6 +21,8 @@ Tree = Any
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 LossAndGrads = Callable[..., tuple[dict[str, jax.Array], Tree]]
 
+ROUNDING = 0x726F756E  # a key of its own: the loss draws from the step's
+
 
 def loss_and_grads(model: Model, precision: PrecisionConfig, micro_steps: int = 1) -> LossAndGrads:
     """The one interface between a layout and the step.
@@ -81,8 +83,12 @@ def make_step(
     *,
     seed: int,
     micro_steps: int = 1,
+    stochastic: bool = False,
 ) -> Step:
     """The training step; jit it with `donate_argnums=0`.
+
+    Args:
+      stochastic: bfloat16 parameters and moments are rounded by chance (`training.rounding`).
 
     An update whose gradient is not finite is skipped and counted, and the loss scale halves.
     """
@@ -93,7 +99,12 @@ def make_step(
         scale = state.loss_scale.scale
         metrics, grads = grads_of(state.params, batch, key, scale)
         params, opt_state, grad_norm, finite = apply_update(
-            optimizer, grads, state.opt_state, state.params, scale=scale
+            optimizer,
+            grads,
+            state.opt_state,
+            state.params,
+            scale=scale,
+            rounding=jax.random.fold_in(key, ROUNDING) if stochastic else None,
         )
         skipped = state.skipped + (1 - finite.astype(jnp.int32))
         metrics |= {
