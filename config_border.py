@@ -36,6 +36,8 @@ FREE_KEYS = (
     "config.data.cache",
     "config.data.eval_path",
     "config.data.prefetch_mib",
+    "config.distill.teacher",  # a folder may move: train.py compares what is in it
+    "config.distill.teacher_step",
     "config.layout",
     "config.loss.chunk",
     "config.model.attention",

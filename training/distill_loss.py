@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,31 +28,10 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from parallel.rules import Rules
-from training.loss_chunks import Chunks, HeadWeights, LossHead, psum
+from training.features import HeadWeights, Predictor
+from training.loss_chunks import Chunks, LossHead, psum
 
 KINDS = ("forward", "reverse")
-
-
-class Predictor(NamedTuple):
-    """What gives logits of the next tokens: see `training.losses.cross_entropy`.
-
-    Attributes:
-      x_BTD: features in compute dtype.
-      table: [V, D] or [D, V].
-      table_axes: which of them.
-      bias: [V], or None.
-      softcap: of the logits, or None.
-    """
-
-    x_BTD: Array
-    table: Array
-    table_axes: str = "vocab -> embed"
-    bias: Array | None = None
-    softcap: float | None = None
-
-    @property
-    def weights(self) -> HeadWeights:
-        return (self.table,) if self.bias is None else (self.table, self.bias)
 
 
 def distillation_loss(

@@ -14,10 +14,10 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from parallel.rules import Rules
+from training.features import HeadWeights
 
 MASKED = -1e30  # a padded column's logit: its exponential is zero, and no infinity is subtracted
 
-HeadWeights = tuple[Array, ...]  # the table, and the bias if there is one
 Extra = list[tuple[int, tuple[str, ...]]]  # dims and mesh axes
 
 

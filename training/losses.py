@@ -20,7 +20,8 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from parallel.rules import Rules
-from training.loss_chunks import Chunks, HeadWeights, LossHead, psum
+from training.features import HeadWeights
+from training.loss_chunks import Chunks, LossHead, psum
 
 
 @dataclass(frozen=True)

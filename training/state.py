@@ -15,6 +15,7 @@ from parallel.cut import Cut
 from parallel.pipeline import PipelineConfig
 from parallel.precision import LossScale, PrecisionConfig
 from parallel.rules import Rules
+from training.features import Features
 from training.naming import named
 from training.offload import Offloaded
 from training.optim import Optimizer, state_specs
@@ -54,6 +55,9 @@ class Model:
       frozen: canonical names of the parameters that are not trained (`training.frozen`).
       scores: (params for the model, batch) -> (-log p of every target, 1 where it is the most
         likely token), float32 [B, T]; None where no next token is predicted.
+      features: (params for the model, batch, `Weights` or None, key or None, layers) -> the forward
+        pass up to the head of tokens, with the residual streams after those layers; without weights
+        there is no loss beside that of tokens. None where no token is predicted.
     """
 
     init: Callable[[jax.Array], Tree]
@@ -64,6 +68,7 @@ class Model:
     pipeline: PipelineConfig | None = None
     frozen: frozenset[str] = frozenset()
     scores: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    features: Callable[..., Features] | None = None
 
     def trained(self, tree: Tree) -> Tree:
         """A tree like the parameters, with None, which is nothing to JAX, for the frozen ones.

@@ -12,7 +12,8 @@ import pytest
 from parallel.mesh import MeshConfig
 from parallel.rules import ParallelConfig, make_rules
 from tests.jaxpr import inside
-from training.distill_loss import Predictor, distillation_loss
+from training.distill_loss import distillation_loss
+from training.features import Predictor
 from training.losses import cross_entropy
 
 B, T, D, E, V, REAL = 8, 12, 32, 48, 256, 200  # E: the teacher's width
