@@ -190,6 +190,9 @@ class Experiment:
 
     def job(self) -> Job:
         """The training step, for the planner."""
+        teacher = None
+        if self.teacher is not None:
+            teacher = replace(self.teacher.job(), micro_steps=self.micro_steps)
         return Job(
             model=self.model,
             mesh=self.mesh,
@@ -206,6 +209,8 @@ class Experiment:
             rules=self.rules(),
             pipeline=self.pipeline if self.staged else None,
             source_length=self.source_length,
+            distill=self.distill,
+            teacher=teacher,
         )
 
     @property

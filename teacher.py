@@ -91,9 +91,8 @@ def check_same_teacher(saved: str, now: str, folder: str, workdir: Path) -> None
     """Refuses to continue with other weights of a teacher than the checkpoint has learnt from."""
     if saved != now:
         raise ValueError(
-            f"{KEY} = '{folder}': --workdir={workdir} has learnt from {saved or 'no teacher'}, and "
-            f"this is {now or 'none'}; give the same one (config.distill.teacher_step says which "
-            f"step) or another --workdir"
+            f"{KEY} = '{folder}': --workdir={workdir} has learnt from {saved}, and this is {now}; "
+            f"give the same one (config.distill.teacher_step says which step) or another --workdir"
         )
 
 
