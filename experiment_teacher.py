@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from experiment import Experiment
 
 OF_STUDENT = ("data", "loss", "mesh")
-OF_NONE = ("checkpoint", "eval", "pipeline", "remat", "train")  # as in configs/base.py
+OF_NONE = (  # as in configs/base.py
+    *("checkpoint", "distill", "eval", "optimizer", "pipeline", "remat", "train"),
+)
 KEY = "config.distill.teacher"
 
 

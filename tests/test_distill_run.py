@@ -49,7 +49,7 @@ def run(capsys, *flags, main=train.main, name="train.py", config_from="file"):
 @pytest.mark.slow
 def test_a_run_with_a_teacher_is_resumed_bit_for_bit_wherever_its_teacher_is(tmp_path, capsys):
     texts = write_texts(tmp_path / "texts")
-    teacher, mesh = tmp_path / "teacher", dict(mesh__data=1, mesh__fsdp=8)
+    teacher, mesh = tmp_path / "teacher", dict(mesh__data=8)
     one = dict(train__steps=1)
     code, _, err = run(capsys, *arguments(teacher, texts, model__layers=1, **mesh, **one))
     assert code == 0, err
