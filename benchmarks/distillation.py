@@ -3,7 +3,7 @@
     python benchmarks/distillation.py --runs=runs/distillation
 
 The teacher is configs/tiny.py at half its batch, trained for longer; the student has half of its
-layers and width. Each student sees the same batches twice: once with `config.distill`, once by
+layers and width and a quarter of that batch. Each student sees the same batches twice: once with `config.distill`, once by
 cross-entropy alone. What is compared is held-out bits per byte of text, by cross-entropy on both
 sides. Weight and temperature were set beforehand and not tuned.
 
@@ -27,8 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "distillation.json"
 TEACHER_STEPS, STEPS = 600, 300
 SEEDS = (1, 2, 3)
-SHARED = {"data.batch_size": 32, "eval.batches": 64, "logging.tensorboard": "false"}
+TEACHER = {"data.batch_size": 32, "eval.batches": 64, "train.steps": TEACHER_STEPS}
 STUDENT = {
+    "data.batch_size": 16,
+    "eval.batches": 128,
     "model.layers": 2,
     "model.embed_dim": 64,
     "model.mlp_dim": 192,
@@ -43,7 +45,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def train(workdir: Path, cache: Path, keys: dict[str, Any]) -> dict[str, Any]:
     """Runs train.py and returns what its last row says, with the command's keys."""
-    given = SHARED | {"data.cache": cache} | keys
+    given = {"data.cache": cache, "logging.tensorboard": "false"} | keys
     flags = [f"--config.{key}={value}" for key, value in given.items()]
     command = [sys.executable, str(ROOT / "train.py"), "--config=configs/tiny.py"]
     subprocess.run(
@@ -72,12 +74,10 @@ def main() -> None:
     result: dict[str, Any] = {
         "command": "python benchmarks/distillation.py --runs=runs/distillation",
         "config": "configs/tiny.py",
-        "shared": {key: str(value) for key, value in SHARED.items()},
-        "student": STUDENT,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "teacher": train(runs / "teacher", cache, {"train.steps": TEACHER_STEPS}),
+        "teacher": train(runs / "teacher", cache, TEACHER),
     }
     print("teacher", result["teacher"]["bits_per_byte"], flush=True)
     chosen = {
