@@ -3,9 +3,9 @@
     python benchmarks/distillation.py --runs=runs/distillation
 
 The teacher is configs/tiny.py at half its batch, trained for longer; the student has half of its
-layers and width and a quarter of that batch. Each student sees the same batches twice: once with `config.distill`, once by
-cross-entropy alone. What is compared is held-out bits per byte of text, by cross-entropy on both
-sides. Weight and temperature were set beforehand and not tuned.
+layers and width, and half of that batch. Each student sees the same batches twice: once with
+`config.distill`, once by cross-entropy alone. What is compared is held-out bits per byte of text,
+by cross-entropy on both sides. Weight and temperature were set beforehand and not tuned.
 
 Each run is `train.py` in a process of its own, one after the other; a second call goes on.
 """
