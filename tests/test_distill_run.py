@@ -15,7 +15,7 @@ import evaluate
 import train
 from config_border import load_config, with_values, write_config
 from experiment import read_experiment
-from tests.runs import arguments, losses, write_texts
+from tests.runs import arguments, losses, rows, write_texts
 from tests.test_init_from_run import saved
 from training.naming import TRAINING_ONLY
 
@@ -72,6 +72,10 @@ def test_a_run_with_a_teacher_is_resumed_bit_for_bit_wherever_its_teacher_is(tmp
     assert first.keys() == second.keys()
     for name, array in first.items():
         np.testing.assert_array_equal(second[name], array, err_msg=name)
+
+    seen = rows(whole)
+    assert seen[-1]["loss"] < seen[0]["loss"]
+    assert min(row[name] for row in seen for name in ("kl", "hidden")) > 0
 
     # The projection is trained and kept, the teacher is not; an evaluation asks for neither.
     assert first[f"params/{TRAINING_ONLY}/projection"].shape == (16, 32)
