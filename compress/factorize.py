@@ -57,7 +57,8 @@ class Factorize:
             return np.eye(rows), np.eye(rows)
         if self.method == "asvd":
             mean = np.asarray(inputs.sizes, np.float64)
-            scale = np.maximum(mean, 1e-6 * max(float(mean.max()), 1e-30)) ** self.exponent
+            floor = 1e-6 * float(np.max(mean, initial=1e-24))
+            scale = np.maximum(mean, floor) ** self.exponent
             return np.diag(scale), np.diag(1 / scale)
         moment = np.array(inputs.moment, np.float64)
         moment[np.diag_indices(rows)] += DAMP * max(np.mean(np.diag(moment)), 1e-30)

@@ -204,6 +204,17 @@ def get_config() -> ConfigDict:
     loss.chunk = 1024  # tokens per device whose logits exist at one time
     loss.z_loss = 0.0  # weight of the squared log of the softmax's sum; 0: off
 
+    config.distill = distill = ConfigDict()  # training/distill.py; docs/distillation.md
+    distill.teacher = ""  # workdir of a run, or a folder of Hugging Face, to learn from; empty: off
+    distill.teacher_step = 0  # of that run; 0: the newest
+    distill.teacher_compute = ""  # float32 | bfloat16: its parameters and forward pass; empty: as
+    #                               precision.compute
+    distill.kind = "forward"  # forward: KL(teacher || student) | reverse: KL(student || teacher)
+    distill.temperature = 1.0  # logits of both are divided by it, the divergence times its square
+    distill.weight = 0.5  # of the divergence; the rest, to 1, is the cross-entropy's
+    distill.hidden_weight = 0.0  # of the squared difference of residual streams; 0: off
+    distill.layers = ()  # after which ones, student:teacher: ("2:4", "4:8"); (): the last of both
+
     config.train = train = ConfigDict()  # train.py
     train.steps = 1000  # in all; a run that is continued goes on up to it
     train.log_every = 10  # steps

@@ -106,6 +106,11 @@ class Terms:
         return None if job is None else Terms(job, self.chip)
 
     @cached_property
+    def teacher(self) -> Terms | None:
+        """The terms of the teacher, if there is one, as those of a model that is evaluated."""
+        return None if self.job.teacher is None else Terms(self.job.teacher, self.chip)
+
+    @cached_property
     def block(self) -> list[Weight]:
         """The weights of one layer."""
         return model_weights(self.job.model)[0]
@@ -113,7 +118,7 @@ class Terms:
     @cached_property
     def weights(self) -> tuple[list[Weight], list[Weight]]:
         """Of all blocks stacked, and of what stands outside the stack."""
-        model, outside = self.job.model, model_weights(self.job.model)[1]
+        model, outside = self.job.model, model_weights(self.job.model)[1] + self.job.projection
         return [weight.stacked(model.blocks, model.stack) for weight in self.block], outside
 
     @cached_property

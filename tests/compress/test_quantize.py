@@ -107,9 +107,7 @@ def test_folds_keep_the_function():
         for fold in folds:
             for layer in range(config.layers):
                 mine = {n: a[layer] for n, a in arrays.items() if n.startswith("stack/")}
-                matrices = {
-                    n: Matrix.of(arrays[n].shape, axes[n]) for n in mine if "->" in axes[n]
-                }
+                matrices = {n: Matrix.of(arrays[n].shape, axes[n]) for n in mine if "->" in axes[n]}
                 rows = matrices[fold.targets[0]].rows
                 from compress.fold import shared_scale
 
