@@ -56,7 +56,7 @@ class Factorize:
         if self.method == "svd" or inputs is None:
             return np.eye(rows), np.eye(rows)
         if self.method == "asvd":
-            mean = np.asarray(inputs.sizes, np.float64)
+            mean: Any = np.asarray(inputs.sizes, np.float64)
             floor = 1e-6 * float(np.max(mean, initial=1e-24))
             scale = np.maximum(mean, floor) ** self.exponent
             return np.diag(scale), np.diag(1 / scale)
