@@ -158,6 +158,20 @@ def initial_params(
     return read
 
 
+def check_trainable(checkpoints: Checkpoints, workdir: Path) -> None:
+    """Refuses to continue a run that `python -m compress` wrote.
+
+    Raises:
+      ValueError: its newest checkpoint has parameters alone.
+    """
+    step = checkpoints.latest()
+    if step is not None and "compressed" in checkpoints.metadata(step):
+        raise ValueError(
+            f"--workdir={workdir}: a compressed run has parameters and no optimizer state; train "
+            f"it in a new --workdir, with --config=FILE and --config.init_from={workdir}"
+        )
+
+
 def check_same_inputs(
     saved: Mapping[str, Any], now: Mapping[str, str], config: ConfigDict, workdir: Path
 ) -> None:

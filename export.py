@@ -6,6 +6,9 @@
 A run that began from a checkpoint (`config.init_from`) goes back as that one was: its family,
 names, dtypes and tokenizer; --like=DIR says so of another. Else the family is the first that
 computes what `config.model` says, weights are float32, and the run's tokenizer is copied.
+
+Of a compressed run (`config.weights.forms`) the dense arrays are written that its codes or factors
+stand for: the folder computes the same, and is as large as the dense run's.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ def main(
     """Config, mesh, parameters, folder."""
     import jax  # here: a typo on the command line costs no import
 
-    from config_border import is_run
+    from config_border import is_run, with_values
     from experiment import read_experiment
     from hf.exporting import GB, export_params, refuse_existing
     from hf.files import open_folder
     from parallel.mesh import make_mesh
-    from training.checkpoint import Checkpoints
-    from training.state import placed_params
+    from run_params import saved_params
+    from training.stored import dense_params
 
     if jax.process_count() > 1:
         raise ValueError(
@@ -56,15 +59,18 @@ def main(
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         model = experiment.build_model()
-        wanted = placed_params(model, experiment.precision, mesh)
-        checkpoints = Checkpoints(workdir / "checkpoints")
-        found, state = checkpoints.restore(step, {"params": wanted}, partial=True)
-        checkpoints.close()
+        read = saved_params(experiment, model, mesh, workdir, step, None)
+        params, axes = read.params, model.axes
+        if experiment.weights.forms:
+            params = dense_params(params, axes)
+            dense = with_values(config, {"config.weights.forms": {}})
+            axes = read_experiment(dense, jax.device_count(), training=False).build_model().axes
+            print(f"note: {workdir} is compressed (config.weights.forms), and {out} is dense")
         special, files = ({}, {}) if source is not None else tokenizer_of(experiment, workdir)
         architecture = export_params(
-            state["params"],
+            params,
             experiment.model,
-            model.axes,
+            axes,
             out,
             like=source,
             dtype=dtype,
@@ -72,7 +78,7 @@ def main(
             special=special,
             files=files,
         )
-    print(f"{workdir}: step {found} as {architecture} in {out}")
+    print(f"{workdir}: step {read.step} as {architecture} in {out}")
 
 
 def tokenizer_of(experiment: Any, workdir: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
