@@ -33,6 +33,7 @@ FREE_SECTIONS = (
     *("mesh", "parallel", "pipeline", "remat"),
 )
 FREE_KEYS = (
+    "config.adapter.base",  # a fingerprint says which it is
     "config.data.cache",
     "config.data.eval_path",
     "config.data.prefetch_mib",

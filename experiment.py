@@ -13,7 +13,7 @@ from data import agree
 from data.config import DataConfig
 from data.objective import ObjectiveConfig
 from data.parts import ImageShape
-from experiment_checks import check_images, check_pipeline, divided
+from experiment_checks import check_adapter, check_images, check_pipeline, divided
 from generation.config import GenerateConfig
 from memory.job import Job
 from memory.plan import MemoryConfig
@@ -27,6 +27,7 @@ from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
 from parallel.remat import CROSS_TENSORS, EXPERT_TENSORS, RematConfig
 from parallel.rules import ParallelConfig, Rules, make_rules
+from training.adapters import AdapterConfig, adapted
 from training.checkpoint import CheckpointConfig
 from training.evaluation import EvalConfig, results
 from training.frozen import freeze
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from data.dataset import Data
 
 LAYOUTS = ("given", "auto")
+# The planner knows what is frozen and no adapters, which are small: gains of norms stand for them.
+BUT_GAINS = ("*[!n]", "*[!i]n")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Experiment:
     init_drop: tuple[str, ...]  # of those in it that are left out
     model: ModelConfig
     weights: WeightsConfig
+    adapter: AdapterConfig
     mesh: MeshConfig
     parallel: ParallelConfig
     pipeline: PipelineConfig
@@ -145,12 +149,27 @@ class Experiment:
         """The model as pure functions under this layout; call it inside `jax.set_mesh`.
 
         Raises:
-          ValueError: `config.weights` or `config.optimizer.frozen` is of other parameters.
+          ValueError: `config.weights`, `config.adapter` or `config.optimizer.frozen` is of other
+            parameters.
         """
+        frozen = self.optimizer.frozen if self.training else ()
+        return freeze(adapted(self._stored(self.model), self.adapter), frozen)
+
+    def build_base(self) -> Model:
+        """The model that adapters are on."""
+        return self._stored(replace(self.model, prefix_length=0))
+
+    def build_dense(self) -> Model:
+        """The model with every weight as one array, and without adapters."""
+        return self._made(replace(self.model, prefix_length=0))
+
+    def _stored(self, config: ModelConfig) -> Model:
+        return stored(self._made(config), self.weights)
+
+    def _made(self, config: ModelConfig) -> Model:
         pipeline = self.pipeline if self.staged else None
-        rules, frozen = self.rules(), self.optimizer.frozen if self.training else ()
-        made = make_model(self.model, self.objective, self.loss, rules, self.remat, pipeline)
-        return freeze(stored(made, self.weights), frozen)
+        rules = self.rules()
+        return make_model(config, self.objective, self.loss, rules, self.remat, pipeline)
 
     def open_data(self, folder: Path) -> Data:
         """The data of this run, whose folder is given."""
@@ -175,7 +194,9 @@ class Experiment:
             parallel=self.parallel,
             precision=self.precision,
             remat=self.remat,
-            optimizer=self.optimizer,
+            optimizer=replace(self.optimizer, frozen=BUT_GAINS)
+            if self.adapter.method
+            else self.optimizer,
             objective=self.objective,
             loss=self.loss,
             batch_size=self.data.batch_size,
@@ -274,6 +295,7 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         init_drop=fit(config.init_drop, tuple[str, ...], "config.init_drop"),
         model=read_model(config),
         weights=build(WeightsConfig, config.weights, "config.weights"),
+        adapter=build(AdapterConfig, config.adapter, "config.adapter"),
         mesh=build(MeshConfig, config.mesh, "config.mesh").resolve(device_count),
         parallel=build(ParallelConfig, config.parallel, "config.parallel"),
         pipeline=build(PipelineConfig, config.pipeline, "config.pipeline"),
@@ -292,6 +314,7 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         training=training,
     )
     check_objective(experiment.model, experiment.objective)
+    check_adapter(experiment)
     if experiment.mesh.expert > 1 and not experiment.model.experts.number:
         raise ValueError(
             f"config.mesh.expert = {experiment.mesh.expert}: there are no experts to divide "
@@ -323,7 +346,9 @@ def read_model(config: ConfigDict) -> ModelConfig:
       ValueError: naming the key, its value and what would be right.
     """
     objective = build(ObjectiveConfig, config.objective, "config.objective")
+    adapter = build(AdapterConfig, config.adapter, "config.adapter")
     parts = {
+        "prefix_length": adapter.prefix_length if adapter.method == "prefix" else 0,
         "experts": build(ExpertsConfig, config.experts, "config.experts"),
         "vision": build(VisionConfig, config.vision, "config.vision"),
         "tasks": tuple(objective.tasks.items()),

@@ -44,9 +44,16 @@ class LowRank(Composed):
 
 
 def through(
-    door: Door, equation: str, x: jax.Array, into: Any, out_of: Any, out: P, inside: P
+    door: Door,
+    equation: str,
+    x: jax.Array,
+    into: Any,
+    out_of: Any,
+    out: P,
+    inside: P,
+    scale: float = 1.0,
 ) -> jax.Array:
-    """`x A B` for an equation of `x W`."""
+    """`scale x A B` for an equation of `x W`."""
     inputs, result = equation.split("->")
     x_dims, w_dims = inputs.split(",")
     kept = [d for d in x_dims if d in result]
@@ -55,6 +62,7 @@ def through(
     inner = "".join(kept) + INNER
     narrow = P(*[inside[x_dims.index(d)] for d in kept], None)
     h = door(f"{x_dims},{''.join(summed)}{INNER}->{inner}", x, into, narrow, inside)
+    h = h if scale == 1.0 else h * scale  # here it is r numbers a token
     return door(f"{inner},{INNER}{''.join(produced)}->{result}", h, out_of, out, narrow)
 
 

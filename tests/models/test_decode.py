@@ -40,7 +40,8 @@ CAPPED = Family(
         tied=False, max_length=40,
     )
 )  # fmt: skip
-ALL = GENERATING | {"windows": LOCAL, "capped": CAPPED}
+VIRTUAL = replace(LOCAL, config=replace(LOCAL.config, prefix_length=3, layers=2))
+ALL = GENERATING | {"windows": LOCAL, "capped": CAPPED, "virtual": VIRTUAL}
 LAYOUTS = {
     "one": {},
     "tensor 4 x data 2": {"tensor": 4, "data": 2},
