@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-FLAGS = ()
+ABOUT = "Adapters into the weights that they are on (docs/adapters.md)."
 TOKENIZER = "tokenizer.json"
 
 
