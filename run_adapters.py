@@ -5,15 +5,18 @@ They say which parameters they were trained on: the base's path, step and finger
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from config_border import read_config
 from config_sources import check_base
+from config_types import build
 from experiment import Experiment
-from training.adapters import begun, on_base
+from training.adapters import AdapterConfig, adapted, begun, loras, on_base, served
 from training.checkpoint import CheckpointConfig, Checkpoints, PyTree
 from training.naming import named
 from training.state import Model, Tree, placed_params
@@ -128,6 +131,55 @@ class AdapterCheckpoints(Checkpoints):
         path = self._experiment.adapter.base
         self._base = {"path": path, "step": base.step, "fingerprint": base.fingerprint}
         return base
+
+
+def with_adapters(
+    experiment: Experiment,
+    model: Model,
+    params: Tree,
+    step: int | None,
+    workdir: Path | None,
+    folders: Sequence[Path],
+    mesh: jax.sharding.Mesh,
+) -> tuple[Model, Tree]:
+    """A base with the LoRA adapters of several runs, of which each row of a batch chooses.
+
+    Args:
+      experiment, model, params, step: of the base, which `workdir` holds.
+      folders: of the runs; their order gives the numbers.
+
+    Raises:
+      ValueError: a run has none of lora, or they were trained on other parameters.
+    """
+    if workdir is None or step is None or experiment.adapter.method:
+        raise ValueError(
+            f"--adapter={folders[0]}: stands on the run of --workdir, which is to be its base "
+            f"without adapters"
+        )
+    mine = Checkpoints(workdir / "checkpoints").fingerprint(step)
+    found = []
+    for folder in folders:
+        config = build(AdapterConfig, read_config(folder, "--adapter").adapter, "config.adapter")
+        where = f"--adapter={folder}"
+        if config.method != "lora":
+            raise ValueError(
+                f"{where}: its config.adapter.method is {config.method!r}; adapters of lora are "
+                f"served together, others alone by --workdir"
+            )
+        own = adapted(model, config)
+        checkpoints = Checkpoints(folder / "checkpoints")
+        wanted = own.trained(placed_params(own, experiment.precision, mesh))
+        number, state = checkpoints.restore(None, {"params": wanted}, partial=True)
+        base = checkpoints.metadata(number)[KEY]
+        checkpoints.close()
+        if base["fingerprint"] != mine:
+            raise ValueError(
+                f"{where}: was trained on {base['path']}, step {base['step']}; --workdir={workdir} "
+                f"has other parameters at step {step}"
+            )
+        found.append(loras(own, state["params"]))
+    axes, both = served(model, params, found)
+    return replace(model, axes=axes), both
 
 
 def checkpoints_of(

@@ -146,13 +146,13 @@ class Dora(Adapted):
 
 def lora_axes(base: Any, matrix: Matrix, stack: str, scale: float) -> Lora:
     """The logical axes of base and factors; the rank is undivided but for ZeRO."""
-    into, out_of = _factor_axes(matrix, stack)
+    into, out_of = factor_axes(matrix, stack)
     return Lora(base, into, out_of, matrix, scale)
 
 
 def dora_axes(base: Any, matrix: Matrix, stack: str, scale: float) -> Dora:
     """The same with the magnitude."""
-    into, out_of = _factor_axes(matrix, stack)
+    into, out_of = factor_axes(matrix, stack)
     return Dora(base, into, out_of, f"{stack}{vector_names(matrix.produced)}", matrix, scale)
 
 
@@ -161,6 +161,7 @@ def vector_names(names: str) -> str:
     return " ".join("norm" if name == "embed" else name for name in names.split())
 
 
-def _factor_axes(matrix: Matrix, stack: str) -> tuple[str, str]:
+def factor_axes(matrix: Matrix, stack: str) -> tuple[str, str]:
+    """The logical axes of A and B; `stack` is "layers " or nothing."""
     before, _, after = matrix.names.partition(" -> ")
     return f"{stack}{before} -> rank", f"{stack}rank -> {after}"

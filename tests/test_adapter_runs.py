@@ -126,7 +126,7 @@ def test_a_checkpoint_holds_the_adapters_alone_and_the_base_stays_as_it_is(lora,
 
 
 @pytest.mark.slow
-def test_it_goes_on_and_merges_and_generates(lora, base, texts, tmp_path, capsys):
+def test_it_goes_on_and_merges(lora, base, texts, tmp_path, capsys):
     workdir = shutil.copytree(lora[0], tmp_path / "lora")
     flags = arguments(workdir, texts, adapter__base=base, model__dropout=0.0, **LORA)
     out, _ = run(train, capsys, *flags, "--config.train.steps=3")
@@ -138,12 +138,34 @@ def test_it_goes_on_and_merges_and_generates(lora, base, texts, tmp_path, capsys
     assert stop.value.code == 0
     # float32 products in another order
     assert loss(capsys, tmp_path / "merged") == pytest.approx(mine, rel=1e-5)
-    texts = [
-        run(generate, capsys, f"--workdir={w}", "--prompt=mesh", *n)[0]
-        for w in (workdir, tmp_path / "merged")
-        for n in [("--config.generate.max_new_tokens=4", "--config.generate.ignore_end=true")]
-    ]
-    assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_prompts_of_one_batch_have_the_texts_of_their_own_adapters(
+    lora, base, texts, tmp_path, capsys
+):
+    """Two runs of other ranks and matrices, and the base itself, beside each other."""
+    other = dict(adapter__rank=4, adapter__names="stack/*/key", optimizer__learning_rate=0.1)
+    second = tmp_path / "second"
+    keys = LORA | other | dict(adapter__alpha=64.0)
+    run(train, capsys, *arguments(second, texts, adapter__base=base, model__dropout=0.0, **keys))
+    new = "--config.generate.max_new_tokens=6", "--config.generate.ignore_end=true", "--json"
+
+    def tokens(workdir, *flags):
+        out, _ = run(generate, capsys, f"--workdir={workdir}", *flags, *new)
+        rows = [json.loads(line) for line in out.splitlines()]
+        return [row["tokens"] for row in sorted(rows, key=lambda row: row["number"])]
+
+    alone = [tokens(w, "--prompt=mesh")[0] for w in (lora[0], second, base)]
+    assert len(set(map(tuple, alone))) > 1
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "mesh", "adapter": str(w)} for w in (lora[0], second)] + [{"prompt": "mesh"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tokens(base, f"--prompts={file}", "--config.generate.cache=paged") == alone
+
+    flags = f"--workdir={second}", "--prompt=mesh", f"--adapter={lora[0]}"
+    _, err = run(generate, capsys, *flags, *new, code=2)
+    assert "is to be its base without adapters" in err
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ gradient and no optimizer state. Adapters begin by changing nothing.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from parallel.adapted import Adapted, base_name, column_norms
 from parallel.by_layer import ByLayer
 from parallel.ia3 import Rescaled, rescaled_axes
-from parallel.lora import Dora, Lora, dora_axes, lora_axes
+from parallel.lora import Dora, Lora, dora_axes, factor_axes, lora_axes
 from parallel.low_rank import factor_shapes, largest_rank
 from parallel.precision import PrecisionConfig
 from parallel.rules import STACKS
+from parallel.several import side_by_side
 from parallel.stored import Composed, Matrix, cast, is_stored
 from training.naming import named
 from training.state import Model, drawn_params
@@ -184,6 +185,40 @@ def on_base(model: Model, own: Mapping[str, Any], base: Mapping[str, Any]) -> Tr
     return jax.tree.unflatten(jax.tree.structure(model.axes), leaves)
 
 
+def served(base: Model, params: Tree, adapters: Sequence[Mapping[str, Lora]]) -> tuple[Tree, Tree]:
+    """(logical axes, parameters) of a base with several LoRA adapters (`parallel.several`).
+
+    Args:
+      base: the model without adapters.
+      params: its master parameters at rest; call it under the mesh.
+      adapters: of each, nodes by the canonical name of their weights, of which the base is not
+        read.
+    """
+
+    def beside(name: str, weight: Any) -> Any:
+        having = [(i, own[name]) for i, own in enumerate(adapters) if name in own]
+        return side_by_side(weight, having)
+
+    def axes_of(name: str, axes: Any) -> Any:
+        node, first = nodes[name], next(own[name] for own in adapters if name in own)
+        into, out_of = factor_axes(first.matrix, _stack_of(axes))
+        return replace(node, base=axes, into=into, out_of=out_of)
+
+    names = dict.fromkeys(name for own in adapters for name in own)
+    with_factors = _each(names, beside, params)
+    nodes = _nodes(with_factors)
+    axes = _each(names, axes_of, base.axes)
+    rules = base.rules
+    laid = lambda a, n: jax.reshard(a, rules.at_rest(n, a.shape))
+    return axes, jax.tree.map(laid, with_factors, axes)
+
+
+def loras(model: Model, params: Tree) -> dict[str, Lora]:
+    """The adapters in a model's parameters, without their bases, by the names of weights."""
+    own = _nodes(model.trained(params)).items()
+    return {name: node for name, node in own if isinstance(node, Lora)}
+
+
 def chosen_places(config: AdapterConfig, model: Model) -> dict[str, Place]:
     """The weights that get an adapter, by canonical name.
 
@@ -281,7 +316,7 @@ def _nodes(tree: Tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): node for p, node in leaves}
 
 
-def _each(places: Mapping[str, Place], function: Callable[[str, Any], Any], tree: Tree) -> Tree:
+def _each(places: Mapping[str, Any], function: Callable[[str, Any], Any], tree: Tree) -> Tree:
     """The tree with `function(name, node)` in those places."""
     structure: Any = jax.tree.structure(tree, is_leaf=is_stored)
     nodes = _nodes(tree).items()

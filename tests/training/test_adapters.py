@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -19,9 +18,9 @@ from tests.jaxpr import primitives
 from tests.small import DECODER, initial_params, layout
 from training.adapters import AdapterConfig, adapted, begun
 from training.naming import named
-from training.state import abstract_state, create_state
+from training.state import create_state
 from training.step import loss_and_grads, make_step
-from training.stored import WeightsConfig, dense_params, stored
+from training.stored import WeightsConfig, dense_params, is_matrix, stored
 
 FLOAT32 = PrecisionConfig()
 SMALL = replace(DECODER, layers=2, dropout=0.0)
@@ -91,9 +90,21 @@ def on_one_device(method, form):
         return loss_of(laid, laid.params(filled(method, form)))
 
 
-@pytest.mark.parametrize(
-    ("method", "form"), [("lora", ""), ("lora", "nf4:16"), ("dora", "nf4:16"), ("ia3", "")]
-)
+@functools.cache
+def dense_loss():
+    """Of the model without adapters: parameters -> loss and gradients, compiled once."""
+    with layout(config=SMALL) as plain:
+        return jax.jit(loss_and_grads(plain.model, FLOAT32))
+
+
+def of_dense(params):
+    with layout(config=SMALL) as plain:
+        given = plain.params(params), plain.batch(), None, jnp.float32(1)
+        metrics, grads = dense_loss()(*given)
+        return float(metrics["loss"]), {n: np.asarray(g) for n, g in named(grads).items()}
+
+
+@pytest.mark.parametrize(("method", "form"), [("lora", ""), ("dora", "nf4:16"), ("ia3", "")])
 def test_loss_and_gradients_are_those_of_the_dense_weight(method, form):
     params = filled(method, form)
     forms = {"stack/*": form} if form else {}
@@ -107,8 +118,7 @@ def test_loss_and_gradients_are_those_of_the_dense_weight(method, form):
             jax.tree.structure(base.axes), [bare[n] for n in named(base.axes)]
         )
         dense = named(dense_params(replace(laid, model=base).params(bare), base.axes))
-    with layout(config=SMALL) as plain:
-        wanted, of_dense = loss_of(plain, plain.params(merged))
+    wanted, dense_grads = of_dense(merged)
     assert loss == pytest.approx(wanted, rel=1e-5)  # float32 sums in another order
     assert grads.keys() == own.keys()
     count = 0
@@ -120,14 +130,14 @@ def test_loss_and_gradients_are_those_of_the_dense_weight(method, form):
         made = jax.vmap(functools.partial(formula, method, weight))
         value, pull = jax.vjp(functools.partial(made, jnp.asarray(dense[weight])), mine)
         np.testing.assert_allclose(named(merged)[weight], value, rtol=1e-4, atol=1e-6)
-        for field, grad in pull(jnp.asarray(of_dense[weight]))[0].items():
+        for field, grad in pull(jnp.asarray(dense_grads[weight]))[0].items():
             got, norm = grads[f"{weight}/{field}"], np.linalg.norm(grad)
             assert norm > 1e-6, (weight, field)  # there is something to compare
             assert np.linalg.norm(got - grad) <= 1e-4 * norm, (weight, field)
     assert count == len(config_of(method).names)
 
 
-CASES = [("lora", "nf4:16", sizes) for sizes in LAYOUTS]
+CASES = [("lora", "", sizes) for sizes in LAYOUTS]
 CASES += [("dora", "nf4:16", LAYOUTS[1]), ("dora", "nf4:16", LAYOUTS[2]), ("ia3", "", LAYOUTS[2])]
 
 
@@ -144,14 +154,16 @@ def test_every_layout_computes_the_same(method, form, sizes):
         assert np.linalg.norm(grad - sharded_grads[name]) <= 1e-4 * norm, name
 
 
-def weight_shapes(tree):
-    """Of a model's stacked matrices, and of one layer of each, however a product flattens it."""
-    stacked = [a.shape for a in jax.tree.leaves(tree) if a.ndim > 2]
+def matrix_shapes(model):
+    """Of a model's stacked matrices, and of one layer of each, as a product may have it."""
+    shapes = named(jax.eval_shape(model.init, jax.random.key(0)))
+    stacked = [a.shape for n, a in shapes.items() if is_matrix(n, named(model.axes)[n])]
     return {s for full in stacked for s in (full, full[1:], full[1:][::-1])}
 
 
-@pytest.mark.parametrize("form", ["", "nf4:16"])
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize(
+    ("method", "form"), [("lora", ""), ("lora", "nf4:16"), ("dora", ""), ("ia3", "nf4:16")]
+)
 def test_no_gradient_of_the_base_is_made_and_nothing_of_its_size_is_kept(method, form):
     """Loops give no array as large as a stacked weight, and no product is one layer's gradient."""
     config = config_of(method, names=())
@@ -159,7 +171,7 @@ def test_no_gradient_of_the_base_is_made_and_nothing_of_its_size_is_kept(method,
         adapted_layout(config, {"stack/*": form} if form else {}) as (laid, _),
         layout(config=SMALL) as plain,
     ):
-        shapes = weight_shapes(jax.eval_shape(plain.model.init, jax.random.key(0))["stack"])
+        shapes = matrix_shapes(plain.model)
 
         def made(model):
             params = jax.eval_shape(model.init, jax.random.key(0))
@@ -172,47 +184,31 @@ def test_no_gradient_of_the_base_is_made_and_nothing_of_its_size_is_kept(method,
         assert made(laid.model) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "ia3"])
-def test_state_and_gradients_are_of_the_adapters_alone(method):
+def test_state_is_of_the_adapters_alone_and_the_base_stays_bit_for_bit():
     """To the byte: of the base its parameters, of an adapter its parameters and two moments."""
-    with adapted_layout(config_of(method), fsdp=8, zero=3) as (laid, _):
-        optimizer = optax.adamw(1e-3)
-        state = abstract_state(laid.model, optimizer, FLOAT32, laid.mesh)
-        step = make_step(laid.model, optimizer, lambda _: jnp.float32(0), FLOAT32, seed=0)
-        lowered = jax.jit(step, donate_argnums=0).lower(state, laid.batch())
-        memory = lowered.compile().memory_analysis()
-
-        def on_device(leaf):
-            return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-        params = named(state.params)
-        every = sum(map(on_device, params.values()))
-        own = sum(on_device(a) for n, a in params.items() if n not in laid.model.frozen)
-        counters = 5 * 4  # step, skipped, loss scale and its counter, AdamW's count
-        batch = sum(a.addressable_shards[0].data.nbytes for a in laid.batch().values())
-        assert memory.argument_size_in_bytes == every + 2 * own + counters + batch
-        assert memory.alias_size_in_bytes == every + 2 * own + counters
-        grads = jax.eval_shape(
-            loss_and_grads(laid.model, FLOAT32), state.params, laid.batch(), None, jnp.float32(1)
-        )[1]
-        assert named(grads).keys() == {n for n in params if n not in laid.model.frozen}
-
-
-def test_the_base_stays_bit_for_bit():
-    """Three updates of adapters on packed codes."""
     config, rate = config_of("dora"), lambda _: jnp.float32(0.01)
-    with adapted_layout(config, {"stack/*": "nf4:16"}) as (laid, _):
+    with adapted_layout(config, {"stack/*": "nf4:16"}, fsdp=8, zero=3) as (laid, _):
+        optimizer = optax.adamw(rate)
         params = laid.params(filled("dora", "nf4:16"))
         before = jax.tree.map(np.asarray, params)
-        optimizer = optax.adamw(rate)
         state = create_state(laid.model, optimizer, FLOAT32, 0, laid.mesh, params)
-        step = jax.jit(make_step(laid.model, optimizer, rate, FLOAT32, seed=0))
+        step = make_step(laid.model, optimizer, rate, FLOAT32, seed=0)
+        compiled = jax.jit(step, donate_argnums=0).lower(state, laid.batch()).compile()
+
+        on_device = {n: a.addressable_shards[0].data.nbytes for n, a in named(params).items()}
+        own = sum(size for n, size in on_device.items() if n not in laid.model.frozen)
+        counters = 5 * 4  # step, skipped, loss scale and its counter, AdamW's count
+        batch = sum(a.addressable_shards[0].data.nbytes for a in laid.batch().values())
+        memory = compiled.memory_analysis()
+        at_rest = sum(on_device.values()) + 2 * own + counters
+        assert memory.argument_size_in_bytes == at_rest + batch
+        assert memory.alias_size_in_bytes == at_rest  # updated in place
+
         for number in range(3):
-            state, _ = step(state, laid.batch(number))
-    for name, after in named(state.params).items():
-        same = np.array_equal(np.asarray(after), named(before)[name])
-        assert same == (name in laid.model.frozen), name
+            state, _ = compiled(state, laid.batch(number))
+        for name, after in named(state.params).items():
+            same = np.array_equal(np.asarray(after), named(before)[name])
+            assert same == (name in laid.model.frozen), name
 
 
 @pytest.mark.parametrize(
@@ -241,10 +237,8 @@ def test_dora_of_several_forms_is_refused_and_lora_is_not():
         of_base = jax.jit(base.init)(jax.random.key(0))
         params = begun(laid.model, of_base, config_of("lora"), FLOAT32, 0)
         found, _ = loss_of(laid, params)
-        bare = dense_params(params, laid.model.axes)
-    with layout(config=SMALL) as plain:
-        wanted, _ = loss_of(plain, plain.params(jax.tree.map(np.asarray, bare)))
-    assert found == pytest.approx(wanted, rel=1e-5)  # float32 sums in another order
+        bare = jax.tree.map(np.asarray, dense_params(params, laid.model.axes))
+    assert found == pytest.approx(of_dense(bare)[0], rel=1e-5)  # float32 sums in another order
 
 
 def test_a_prefix_is_trained_alone_and_the_same_on_every_mesh():
