@@ -186,13 +186,13 @@ def test_no_gradient_of_the_base_is_made_and_nothing_of_its_size_is_kept(method,
 
 def test_state_is_of_the_adapters_alone_and_the_base_stays_bit_for_bit():
     """To the byte: of the base its parameters, of an adapter its parameters and two moments."""
-    config, rate = config_of("dora"), lambda _: jnp.float32(0.01)
+    config, rate = config_of("dora"), 0.01
     with adapted_layout(config, {"stack/*": "nf4:16"}, fsdp=8, zero=3) as (laid, _):
         optimizer = optax.adamw(rate)
         params = laid.params(filled("dora", "nf4:16"))
         before = jax.tree.map(np.asarray, params)
         state = create_state(laid.model, optimizer, FLOAT32, 0, laid.mesh, params)
-        step = make_step(laid.model, optimizer, rate, FLOAT32, seed=0)
+        step = make_step(laid.model, optimizer, lambda _: jnp.float32(rate), FLOAT32, seed=0)
         compiled = jax.jit(step, donate_argnums=0).lower(state, laid.batch()).compile()
 
         on_device = {n: a.addressable_shards[0].data.nbytes for n, a in named(params).items()}
