@@ -20,8 +20,8 @@ from configs import base
 
 Source = Literal["file", "workdir", "workdir or checkpoint"]
 TOKENIZER = "tokenizer.json"
-OF_THE_MODEL = ("model", "experts", "vision")  # sections that say what parameters there are
-AT_REST = ("weights",)  # and in what form: of a base, which is read as it is
+# Sections that say what parameters there are, and in what form.
+OF_THE_MODEL = ("model", "experts", "vision", "weights")
 
 
 def config_of(
@@ -73,9 +73,9 @@ def from_file(where: str, overrides: Sequence[str]) -> ConfigDict:
     loaded = load_config(where)
     config = override(loaded, overrides)
     if config.adapter.method and config.adapter.base and not config.init_from:
-        base = Path(config.adapter.base)
-        check_base(base)
-        return with_run(loaded, base, overrides, "config.adapter.base")
+        folder = Path(config.adapter.base)
+        check_base(folder)
+        return with_run(loaded, folder, overrides, "config.adapter.base")
     if not config.init_from:
         for key in ("init_new", "init_drop"):
             if config[key]:
@@ -144,11 +144,20 @@ def check_base(folder: Path) -> None:
             f"{where}: no run's folder, with config.json and checkpoints/; give one that train.py "
             f"or compress wrote"
         )
-    method = read_config(folder).adapter.method
-    if method:
+    refuse_adapters(read_config(folder), folder, "config.adapter.base")
+
+
+def refuse_adapters(other: ConfigDict, folder: Path, key: str) -> None:
+    """Refuses a run whose checkpoints are not of a whole model.
+
+    Raises:
+      ValueError: it is one of adapters.
+    """
+    if other.adapter.method:
         raise ValueError(
-            f"{where}: has adapters itself ({method}); merge them first, python -m compress merge "
-            f"--workdir={folder} --out=DIR, and give that folder"
+            f"{key} = '{folder}': its checkpoints hold adapters alone ({other.adapter.method}); "
+            f"merge them first, python -m compress merge --workdir={folder} --out=DIR, and give "
+            f"that folder"
         )
 
 
@@ -170,9 +179,10 @@ def with_run(
             f"train.py wrote"
         )
     other = read_config(folder)
+    refuse_adapters(other, folder, key)
     values = {
         f"config.{section}.{name}": value
-        for section in (*OF_THE_MODEL, *AT_REST * (key == "config.adapter.base"))
+        for section in OF_THE_MODEL
         for name, value in plain(other[section]).items()
         if name not in OF_THE_RUN
     }
