@@ -30,7 +30,7 @@ def train(config: Any, workdir: Path) -> None:
     """Config, mesh, data, state, step, loop."""
     import jax
 
-    from before_run import check_same_inputs, initial_params
+    from before_run import beginning, check_same_inputs
     from config_border import check_same_run, has_config, read_config, write_config
     from config_types import plain
     from data.loader import device_batches, local_rows
@@ -67,7 +67,7 @@ def train(config: Any, workdir: Path) -> None:
         optimizer = make_optimizer(experiment.optimizer, settings.steps, model.trained(model.axes))
         schedule = make_schedule(experiment.optimizer, settings.steps)
         kind, count = jax.devices()[0].device_kind, jax.device_count()
-        params_of = initial_params(experiment, model, mesh)
+        checkpoints, params_of = beginning(checkpoints, workdir, experiment, model, mesh)
         say(f"devices: {count} x {kind}; {experiment.describe_layout()}")
         for note in experiment.without_effect(jax.default_backend()):
             say(f"note: {note}")

@@ -1,7 +1,7 @@
 """What each way to make a model smaller costs, on one model trained on real text.
 
     python train.py --config=configs/compressed.py --workdir=runs/dense
-    python benchmarks/compressed.py --workdir=runs/dense [--part=quantize,...] [--seeds=5]
+    python -m benchmarks.compressed --workdir=runs/dense [--part=quantize,...] [--seeds=5]
 
 Seeds choose the calibration text, and the channels that outliers are put into. Beside held-out bits
 per byte there is the change of every matrix's outputs on held-out text, |X (W' - W)|^2 / |X W|^2

@@ -107,6 +107,14 @@ def get_config() -> ConfigDict:
     # checkpoint's config has them: int8, int4:128, int3:128, nf4:64, fp8, 2:4, rank:64
     weights.forms = ConfigDict()
 
+    config.adapter = adapter = ConfigDict()  # training/adapters.py; docs/adapters.md
+    adapter.method = ""  # "" (none) | lora | dora | ia3 | prefix: what is trained on a frozen base
+    adapter.base = ""  # the workdir of a run, compressed or not; it fills `model` and the like
+    adapter.rank = 8  # lora, dora
+    adapter.alpha = 16.0  # lora, dora: alpha / rank times the product of both factors is added
+    adapter.names = ()  # patterns of matrices: ("stack/*/query",); (): all of the layers
+    adapter.prefix_length = 16  # prefix: virtual positions
+
     config.mesh = mesh = ConfigDict()  # parallel/mesh.py; the product is the number of devices
     mesh.data = -1  # copies of the model, each on its part of the batch; -1: what is left
     mesh.fsdp = 1  # as data, and parameters and optimizer state are divided too (parallel.zero)
