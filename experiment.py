@@ -34,6 +34,7 @@ from training.losses import LossConfig
 from training.metrics import LoggingConfig
 from training.objectives import check_objective, make_model
 from training.optim import OptimizerConfig
+from training.sparsity import SparsityConfig
 from training.state import Model
 from training.stored import WeightsConfig, stored
 
@@ -83,6 +84,7 @@ class Experiment:
     remat: RematConfig
     data: DataConfig
     optimizer: OptimizerConfig
+    sparsity: SparsityConfig
     objective: ObjectiveConfig
     loss: LossConfig
     train: TrainConfig
@@ -185,6 +187,7 @@ class Experiment:
             rules=self.rules(),
             pipeline=self.pipeline if self.staged else None,
             source_length=self.source_length,
+            sparsity=self.sparsity,
         )
 
     @property
@@ -281,6 +284,7 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         remat=build(RematConfig, config.remat, "config.remat"),
         data=build(DataConfig, config.data, "config.data"),
         optimizer=build(OptimizerConfig, config.optimizer, "config.optimizer"),
+        sparsity=build(SparsityConfig, config.sparsity, "config.sparsity"),
         objective=build(ObjectiveConfig, config.objective, "config.objective"),
         loss=build(LossConfig, config.loss, "config.loss"),
         train=build(TrainConfig, config.train, "config.train"),
@@ -292,6 +296,8 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         training=training,
     )
     check_objective(experiment.model, experiment.objective)
+    if training:
+        experiment.sparsity.check_run(experiment.train.steps)
     if experiment.mesh.expert > 1 and not experiment.model.experts.number:
         raise ValueError(
             f"config.mesh.expert = {experiment.mesh.expert}: there are no experts to divide "

@@ -45,6 +45,7 @@ def train(config: Any, workdir: Path) -> None:
     from training.metrics import Metrics
     from training.optim import make_optimizer
     from training.schedules import make_schedule
+    from training.sparsity import make_sparsity
     from training.state import abstract_state, count_of, create_state
     from training.step import make_step
     from training.stop import StopSignal
@@ -63,7 +64,9 @@ def train(config: Any, workdir: Path) -> None:
         model = experiment.build_model()
         spec = model.rules.spec("batch seq")
         settings = experiment.train
-        optimizer = make_optimizer(experiment.optimizer, settings.steps, model.trained(model.axes))
+        sparsity = make_sparsity(experiment.sparsity, model)
+        trained = model.trained(model.axes)
+        optimizer = make_optimizer(experiment.optimizer, settings.steps, trained, sparsity.names)
         schedule = make_schedule(experiment.optimizer, settings.steps)
         kind, count = jax.devices()[0].device_kind, jax.device_count()
         params_of = initial_params(experiment, model, mesh)
@@ -103,6 +106,7 @@ def train(config: Any, workdir: Path) -> None:
             experiment.precision,
             seed=experiment.seed,
             micro_steps=experiment.micro_steps,
+            sparsity=sparsity,
         )
         jitted = jax.jit(step_fn, donate_argnums=0, compiler_options=safe_compilation())
         compiled: dict[Any, Callable[..., Any]] = {}  # by shapes: one, or one a bucket

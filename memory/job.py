@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from data.objective import ObjectiveConfig
@@ -21,6 +21,7 @@ from training.losses import LossConfig
 from training.objectives import make_model
 from training.optim import Optimizer, OptimizerConfig, make_optimizer
 from training.schedules import make_schedule
+from training.sparsity import SparsityConfig, make_sparsity
 from training.state import Model
 from training.step import Step, make_step
 
@@ -53,6 +54,7 @@ class Job:
     rules: Rules
     pipeline: PipelineConfig | None = None
     source_length: int = 0
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -133,10 +135,17 @@ class Job:
             self.model, self.objective, self.loss, self.rules, self.remat, self.pipeline
         )
         model = freeze(model, self.optimizer.frozen)
-        optimizer = make_optimizer(self.optimizer, self.steps, model.trained(model.axes))
-        schedule = make_schedule(self.optimizer, self.steps)
+        sparsity = make_sparsity(self.sparsity, model)
+        trained = model.trained(model.axes)
+        optimizer = make_optimizer(self.optimizer, self.steps, trained, sparsity.names)
         step = make_step(
-            model, optimizer, schedule, self.precision, seed=0, micro_steps=self.micro_steps
+            model,
+            optimizer,
+            make_schedule(self.optimizer, self.steps),
+            self.precision,
+            seed=0,
+            micro_steps=self.micro_steps,
+            sparsity=sparsity,
         )
         return model, optimizer, step
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -23,6 +22,7 @@ from training.matrices import decays, scale_by_factored_rms, scale_by_muon
 from training.naming import completed, restricted
 from training.offload import Offloaded, offloaded
 from training.schedules import make_schedule
+from training.zeros import keeping_zeros
 
 NAMES = ("adamw", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("cosine", "wsd", "constant")
@@ -87,13 +87,16 @@ class OptimizerConfig:
         check("offload", not (self.offload and stateless), "sgd without momentum has no state")
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any) -> Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, axes: Any, zeros: frozenset[str] = frozenset()
+) -> Optimizer:
     """Clipping, the optimizer's direction, weight decay and learning rate, in this order.
 
     Args:
       config: `config.optimizer`.
       total_steps: updates of the whole run, for the schedule.
       axes: a tree like the trained parameters, of their logical axes ("layers embed -> mlp").
+      zeros: canonical names of parameters whose zeros stay (training/zeros.py).
 
     Returns:
       A transformation with state {"clip", "direction", "decay", "rate"}. Its update takes
@@ -103,7 +106,11 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any) -> Opti
     Sources: Loshchilov and Hutter 2019 (AdamW), https://arxiv.org/abs/1711.05101; Chen et al. 2023
     (Lion), https://arxiv.org/abs/2302.06675; Adafactor and Muon in `training/matrices.py`.
     """
-    make = partial(_chain, config, total_steps)
+
+    def make(axes: Any) -> optax.GradientTransformationExtraArgs:
+        chain = _chain(config, total_steps, axes)
+        return keeping_zeros(chain, zeros) if zeros else chain
+
     return offloaded(make, axes) if config.offload else make(axes)
 
 

@@ -15,7 +15,9 @@ from training.micro_batches import Batch, Weights, loss_weights, means, split
 from training.naming import completed
 from training.optim import Optimizer, apply_update
 from training.pipelined import pipelined_loss_and_grads
+from training.sparsity import NO_SPARSITY, Sparsity
 from training.state import Model, TrainState
+from training.zeros import without_gradient
 
 Tree = Any
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -81,19 +83,26 @@ def make_step(
     *,
     seed: int,
     micro_steps: int = 1,
+    sparsity: Sparsity = NO_SPARSITY,
 ) -> Step:
     """The training step; jit it with `donate_argnums=0`.
 
-    An update whose gradient is not finite is skipped and counted, and the loss scale halves.
+    An update whose gradient is not finite is skipped and counted, and the loss scale halves. With
+    `sparsity` weights become zero by its schedule before the gradient is taken, and zeros stay; the
+    optimizer is to be made with `zeros=sparsity.names`.
     """
     grads_of = loss_and_grads(model, precision, micro_steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         scale = state.loss_scale.scale
-        metrics, grads = grads_of(state.params, batch, key, scale)
+        params = sparsity.pruned(state.params, state.step)
+        metrics, grads = grads_of(params, batch, key, scale)
+        if sparsity.names:
+            grads = without_gradient(grads, params, sparsity.names)
+            metrics["sparsity"] = sparsity.zeros(params)
         params, opt_state, grad_norm, finite = apply_update(
-            optimizer, grads, state.opt_state, state.params, scale=scale
+            optimizer, grads, state.opt_state, params, scale=scale
         )
         skipped = state.skipped + (1 - finite.astype(jnp.int32))
         metrics |= {

@@ -1,0 +1,1 @@
+"""Trained weights made smaller: quantised, pruned, factored; what calibration they want."""
