@@ -18,6 +18,7 @@ from training.naming import named, nested
 BLOCKS = "stack/blocks/"
 # Two groups of key and value heads of three query heads each; layers in one piece.
 CONFIG = replace(DECODER, embed_dim=256, heads=6, dropout=0.0, unroll=4, layers=4)
+EIGHT = replace(CONFIG, heads=8)
 ROWS, T = 2, 16
 
 
@@ -128,8 +129,8 @@ def test_scores_of_others_choose_and_ties_go_to_the_first():
             "heads 3 with 2 key and value heads: every one of those serves",
         ),
         (CONFIG, Sizes(heads=4, kv_heads=1), 1, "choose heads of [1, 2, 3], or fewer kv_heads"),
-        (CONFIG, Sizes(mlp_dim=30), 4, "mlp_dim 30: does not divide by the 4 parts of the tensor"),
-        (CONFIG, Sizes(mlp_dim=30), 4, "choose 28 or 32"),
+        (EIGHT, Sizes(mlp_dim=30), 4, "mlp_dim 30: does not divide by the 4 parts of the tensor"),
+        (EIGHT, Sizes(mlp_dim=30), 4, "choose 28 or 32"),
         (CONFIG, Sizes(heads=2), 4, "heads 2: does not divide by the 4 parts of the tensor axis"),
         (CONFIG, Sizes(layers=5), 1, "layers 5: the model has 4; choose 1 to 4"),
         (replace(CONFIG, distinct=2), Sizes(layers=2), 1, "layers share blocks"),
