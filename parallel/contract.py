@@ -8,6 +8,7 @@ everywhere and keeps a slice: twice the traffic, and the whole array in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,17 +17,18 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 
-def contract(equation: str, a: jax.Array, b: jax.Array, spec: P) -> jax.Array:
+def contract(equation: str, a: jax.Array, b: jax.Array, spec: P, dtype: Any = None) -> jax.Array:
     """`jnp.einsum(equation, a, b)` laid out as `spec`.
 
     Contracted dims must be divided alike in `a` and `b`, and the dims that stay as in `spec`, up to
-    the axes that are summed over.
+    the axes that are summed over. `dtype` is that of the sums, where it is not that of `a` and `b`.
     """
-    partial = contract_partial(equation, a, b, spec)
-    return reduce_partial(partial, spec)
+    return reduce_partial(contract_partial(equation, a, b, spec, dtype), spec)
 
 
-def contract_partial(equation: str, a: jax.Array, b: jax.Array, spec: P) -> jax.Array:
+def contract_partial(
+    equation: str, a: jax.Array, b: jax.Array, spec: P, dtype: Any = None
+) -> jax.Array:
     """The same before its sum over devices: each holds its own share, and the type says so.
 
     Within a stage of a pipeline the shares are stacked in a new first dim, one a device: XLA's
@@ -36,30 +38,31 @@ def contract_partial(equation: str, a: jax.Array, b: jax.Array, spec: P) -> jax.
     a_dims, _ = inputs.split(",")
     a_spec = jax.typeof(a).sharding.spec
     over = axes_of(a_spec[i] for i, dim in enumerate(a_dims) if dim not in result)
+    einsum = partial(jnp.einsum, equation, preferred_element_type=dtype)
     if not over:
-        return jnp.einsum(equation, a, b, out_sharding=spec)
+        return einsum(a, b, out_sharding=spec)
     kept = [without(entry, over) for entry in spec]
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.manual_axes:
-        return jnp.einsum(equation, a, b, out_sharding=P(*kept, unreduced=over))
+        return einsum(a, b, out_sharding=P(*kept, unreduced=over))
     shares = tuple(axis for axis in mesh.axis_names if axis in over)
     return by_device(
-        lambda a, b: jnp.einsum(equation, a, b)[None],
+        lambda a, b: einsum(a, b)[None],
         (a_spec, jax.typeof(b).sharding.spec),
         P(shares, *kept),
     )(a, b)
 
 
-def reduce_partial(partial: jax.Array, spec: P) -> jax.Array:
+def reduce_partial(shares: jax.Array, spec: P) -> jax.Array:
     """Sums a partial array over devices and leaves it as `spec`."""
-    had = jax.typeof(partial).sharding.spec
+    had = jax.typeof(shares).sharding.spec
     stacked = len(had) > len(spec)
     over = set(had.unreduced) | (axes_of(had[:1]) if stacked else frozenset())
     scattered = [
         (axis, dim) for dim, entry in enumerate(spec) for axis in _names(entry) if axis in over
     ]
     if not scattered and not stacked:
-        return jax.reshard(partial, spec)
+        return jax.reshard(shares, spec)
 
     def local(x: jax.Array) -> jax.Array:
         x = jnp.squeeze(x, 0) if stacked else x
@@ -68,7 +71,7 @@ def reduce_partial(partial: jax.Array, spec: P) -> jax.Array:
         rest = tuple(sorted(over - {axis for axis, _ in scattered}))
         return lax.psum(x, rest) if rest else x
 
-    return by_device(local, (had,), spec)(partial)
+    return by_device(local, (had,), spec)(shares)
 
 
 def by_device(

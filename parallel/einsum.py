@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import PartitionSpec as P
 
+from parallel.code_products import multiply_codes
 from parallel.contract import (
     axes_of,
     contract,
@@ -31,6 +32,7 @@ from parallel.contract import (
 )
 from parallel.gather import gather
 from parallel.mesh import PIPE
+from parallel.quantised import Quantised
 from parallel.rules import FSDP
 from parallel.stored import Composed, Packed, Stored, differentiable, usable
 from parallel.twin import Twin
@@ -124,7 +126,9 @@ def _forward(
 ) -> tuple[list[jax.Array], tuple[jax.Array, list[Any]]]:
     x = gather(x, static.inside)
     products = [
-        contract(static.equation, x, static.usable(w, out, x.dtype), out)
+        multiply_codes(static.equation, x, w, out)
+        if isinstance(w, Quantised) and w.inputs
+        else contract(static.equation, x, static.usable(w, out, x.dtype), out)
         for w, out in zip(weights, static.outs, strict=True)
     ]
     return products, (x, weights)

@@ -11,6 +11,7 @@ int8@0,11 int4:128                       by layer: those that are named, then th
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,14 @@ class Form:
       kind: "codes", "2:4", "rank" or "none".
       rank: of two factors.
       inputs: "" or the form in which inputs are multiplied.
+      static: their scale is the same for all tokens.
     """
 
     kind: str
     code: Code | None = None
     rank: int = 0
     inputs: str = ""
+    static: bool = False
 
     def check(self, matrix: Matrix, name: str) -> None:
         """Refuses a weight that cannot have this form.
@@ -85,7 +88,8 @@ class Form:
         Two factors are those of the largest singular values.
         """
         if self.code is not None:
-            return quantised(self.code, matrix, w, inputs=self.inputs)
+            limit = jnp.ones((*w.shape[:-2], 1), jnp.float32) if self.static else None
+            return quantised(self.code, matrix, w, inputs=self.inputs, limit=limit)
         if self.kind == "2:4":
             return two_of_four(matrix, w, dtype)
         if self.kind == "rank":
@@ -107,7 +111,7 @@ class Form:
     def axes(self, matrix: Matrix, stack: str, rules: Rules) -> Any:
         """The same node, of logical axes; `stack` is "layers " or nothing."""
         if self.code is not None:
-            return quantised_axes(self.code, matrix, stack, rules, self.inputs)
+            return quantised_axes(self.code, matrix, stack, rules, self.inputs, static=self.static)
         if self.kind == "2:4":
             return two_of_four_axes(matrix, stack, rules)
         if self.kind == "rank":
@@ -153,10 +157,12 @@ class Forms:
         parts = [form.axes(matrix, f"{first} ", rules) for form in distinct]
         return ByLayer(tuple(parts), matrix, which)
 
-    def joined(self, layers: list[Any], matrix: Matrix) -> Any:
-        """A stacked node of each layer's own, with every array's layers by `stacked`."""
+    def joined(
+        self, layers: list[Any], matrix: Matrix, stacked: Callable[[list[Any]], Any] = jnp.stack
+    ) -> Any:
+        """A stacked node of each layer's own; `stacked` is that of arrays."""
         distinct, which = self.parts(len(layers))
-        stack = lambda nodes: jax.tree.map(lambda *arrays: jnp.stack(arrays), *nodes)
+        stack = lambda nodes: jax.tree.map(lambda *arrays: stacked(list(arrays)), *nodes)
         parts = [
             stack([node for node, own in zip(layers, which, strict=True) if own == i])
             for i in range(len(distinct))
@@ -196,6 +202,7 @@ def read_form(name: str, key: str, shown: str = "") -> Form:
     wrong = ValueError(f"{key} = {shown or name!r}: choose {KNOWN}")
     kind, _, number = name.partition(":")
     kind, plus, inputs = kind.partition("+")
+    static, inputs = inputs.endswith("="), inputs.removesuffix("=")
     if plus and (inputs, kind, number) not in (("int8", "int8", ""), ("fp8", "fp8", "")):
         raise wrong
     if number and not number.isdecimal():
@@ -208,11 +215,11 @@ def read_form(name: str, key: str, shown: str = "") -> Form:
         return Form("rank", rank=int(number))
     group = int(number or 0)
     if kind in _NUMBERS:
-        return Form("codes", Code("int", _NUMBERS[kind], group), inputs=inputs)
+        return Form("codes", Code("int", _NUMBERS[kind], group), inputs=inputs, static=static)
     if kind == "nf4":
         return Form("codes", Code("nf4", 4, group or 64))
     if kind == "fp8":
-        return Form("codes", Code("fp8", 8, group), inputs=inputs)
+        return Form("codes", Code("fp8", 8, group), inputs=inputs, static=static)
     raise wrong
 
 
@@ -221,7 +228,8 @@ def written(form: Form) -> str:
     if form.code is not None:
         code = form.code
         name = f"int{code.bits}" if code.kind == "int" else code.kind
-        tail = f"+{form.inputs}" if form.inputs else f":{code.group}" if code.group else ""
+        static = "=" * form.static
+        tail = f"+{form.inputs}{static}" if form.inputs else f":{code.group}" if code.group else ""
         return name + tail
     return f"rank:{form.rank}" if form.kind == "rank" else form.kind
 

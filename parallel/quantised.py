@@ -26,7 +26,7 @@ from parallel.stored import UNDIVIDED, Matrix, Packed, aligned_names
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scales", "steps", "mean"],
+    data_fields=["codes", "scales", "steps", "mean", "limit"],
     meta_fields=["code", "matrix", "inputs"],
 )
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Quantised(Packed):
       codes: packed, [lead, K bits / 8, M].
       scales: [lead, G, M]; of NF4 int8.
       steps, mean: of NF4's scales (`codes.second_level`), else None.
+      limit: float32 [1], the largest |x| of an input that is not cut off, where inputs are codes
+        with one scale; None: each token has its own.
       inputs: "" or a form in which inputs are multiplied: "int8", "fp8".
     """
 
@@ -44,6 +46,7 @@ class Quantised(Packed):
     scales: Any
     steps: Any
     mean: Any
+    limit: Any
     code: Code
     matrix: Matrix
     inputs: str = ""
@@ -73,6 +76,17 @@ class Quantised(Packed):
         mean = jax.reshard(self.mean[..., None], jax.P())
         return self.scales.astype(jnp.float32) * step + mean
 
+    def code_array(self) -> jax.Array:
+        """The codes of one layer, with the weight's own dims."""
+        here: Any = self.gathered()
+        return here.laid_out(lambda node: unpack(node.code, node.codes))
+
+    def channel_scales(self) -> jax.Array:
+        """The scale of each channel, with the dims of the weight that are not contracted."""
+        assert not self.code.group, self.code
+        here: Any = self.gathered()
+        return here.laid_out(lambda node: node.scales[..., 0, :], contracted=False)
+
     def unpacked(self, dtype: Any) -> jax.Array:
         """See `Packed`; not of a second level."""
         return decode(self.code, unpack(self.code, self.codes), self.scales, dtype)
@@ -86,23 +100,31 @@ def quantised(
     *,
     codes: jax.Array | None = None,
     inputs: str = "",
+    limit: jax.Array | None = None,
 ) -> Quantised:
     """A matrix [..., K, M] by rounding to the nearest code.
 
     Args:
       scales: None: of the whole range.
       codes: not packed, where they were found otherwise.
+      inputs, limit: as in `Quantised`.
     """
     scales = scales_of(code, w) if scales is None else scales
     found = encode(code, w, scales) if codes is None else codes
     packed = pack(code, found)
     if code.kind != "nf4":
-        return Quantised(packed, scales, None, None, code, matrix, inputs)
-    return Quantised(packed, *second_level(scales), code, matrix, inputs)
+        return Quantised(packed, scales, None, None, limit, code, matrix, inputs)
+    return Quantised(packed, *second_level(scales), None, code, matrix)
 
 
-def quantised_axes(code: Code, matrix: Matrix, stack: str, rules: Rules, inputs: str) -> Quantised:
-    """The logical axes of all arrays of it; `stack` is "layers " or nothing."""
+def quantised_axes(
+    code: Code, matrix: Matrix, stack: str, rules: Rules, inputs: str = "", *, static: bool = False
+) -> Quantised:
+    """The logical axes of all arrays of it; `stack` is "layers " or nothing.
+
+    Args:
+      static: whether it has a `limit`.
+    """
     groups = code.groups(matrix.rows)
     units = groups if code.group else matrix.rows // code.per_unit
     rows, columns = aligned_names(matrix, rules, units)
@@ -114,6 +136,7 @@ def quantised_axes(code: Code, matrix: Matrix, stack: str, rules: Rules, inputs:
         f"{lead}{of_scales} -> {columns}",
         f"{lead}{UNDIVIDED} {UNDIVIDED}" if twice else None,
         f"{lead}{UNDIVIDED}" if twice else None,
+        f"{stack}{UNDIVIDED}" if static else None,
         code,
         matrix,
         inputs,

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from parallel.contract import by_device, gathered
+from parallel.contract import axes_of, by_device, gathered
 from parallel.mesh import PIPE
 from parallel.rules import FSDP, STACKS, Rules, of_one_layer
 from parallel.twin import Twin
@@ -137,24 +137,30 @@ class Packed(Stored):
 
         What travels is the packed form.
         """
-        here = self.gathered()
-        *lead, rows, columns = _spec(here.main())
+        return self.gathered().laid_out(lambda node: node.unpacked(dtype))
+
+    def laid_out(
+        self, on_device: Callable[[Any], jax.Array], *, contracted: bool = True
+    ) -> jax.Array:
+        """What every device makes of its part of the gathered arrays, with the weight's own dims.
+
+        Args:
+          on_device: this node, of a device's part -> [lead, K, M], or [lead, M].
+          contracted: whether the dims that are contracted are in it.
+        """
         matrix, sizes = self.matrix, jax.sharding.get_abstract_mesh().shape
-
-        def part(entry: Any) -> int:
-            axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
-            return math.prod(sizes[axis] for axis in axes)
-
+        *lead, rows, columns = _spec(self.main())
         first, middle = matrix.several, matrix.several + matrix.contracted
         entries = [*lead, *[None] * (len(matrix.shape) - len(lead))]
         entries[first], entries[middle] = rows, columns
-        local = [size // part(entry) for size, entry in zip(matrix.shape, entries, strict=True)]
-
-        def on_device(node: Packed) -> jax.Array:
-            return node.unpacked(dtype).reshape(local)
-
-        specs = jax.tree.map(lambda a: P(*_spec(a)), here)
-        return by_device(on_device, (specs,), P(*entries))(here)
+        local = [
+            size // math.prod(sizes[axis] for axis in axes_of([entry]))
+            for size, entry in zip(matrix.shape, entries, strict=True)
+        ]
+        if not contracted:
+            entries, local = (list(x[:first]) + list(x[middle:]) for x in (entries, local))
+        specs = jax.tree.map(lambda a: P(*_spec(a)), self)
+        return by_device(lambda node: on_device(node).reshape(local), (specs,), P(*entries))(self)
 
 
 class Composed(Stored):

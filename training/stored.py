@@ -100,9 +100,16 @@ def packed_names(axes: Tree) -> frozenset[str]:
 
 
 def chosen_forms(
-    config: WeightsConfig, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, str]
+    config: WeightsConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    axes: Mapping[str, str],
+    *,
+    key: str = "",
 ) -> dict[str, Forms]:
     """The form of every weight that is not an array, by canonical name.
+
+    Args:
+      key: what gave the forms, for messages, where it is not the config.
 
     Raises:
       ValueError: as `stored`.
@@ -113,7 +120,8 @@ def chosen_forms(
         if not patterns:
             continue
         pattern = max(patterns, key=len)
-        key, forms = config.key(pattern), read_forms(config.forms[pattern], "")
+        where = key or f"{config.key(pattern)} = {config.forms[pattern]!r}"
+        forms = read_forms(config.forms[pattern], where)
         if not is_matrix(name, axes[name]):
             continue
         matrix = Matrix.of(shape, axes[name])
@@ -121,17 +129,17 @@ def chosen_forms(
         last = max((layer for _, layers in forms.layers for layer in layers), default=-1)
         if forms.layers and (not stacked or last >= shape[0]):
             there = f"layers 0 to {shape[0] - 1}" if stacked else "no layers"
-            raise ValueError(f"{key} = {config.forms[pattern]!r}: {name} has {there}")
+            raise ValueError(f"{where}: {name} has {there}")
         number = shape[0] if stacked else 1
         for form in dict.fromkeys(forms.of_layers(number)):
-            form.check(matrix, f"{key} = {config.forms[pattern]!r}: {name}")
+            form.check(matrix, f"{where}: {name}")
         if any(form.kind != "none" for form in forms.of_layers(number)):
             found[name] = forms
     for pattern in config.forms:
         if not any(fnmatchcase(name, pattern) and is_matrix(name, axes[name]) for name in shapes):
             raise ValueError(
-                f"{config.key(pattern)}: names no matrix of the layers; a pattern is such as "
-                f"'stack/*/mlp/*' or 'stack/*'"
+                f"{key or config.key(pattern)}: {pattern!r} names no matrix of the layers; a "
+                f"pattern is such as 'stack/*/mlp/*' or 'stack/*'"
             )
     return found
 

@@ -98,6 +98,22 @@ def test_every_layout_computes_the_same_of_it(form, sizes):
         assert np.linalg.norm(grad - sharded_grads[name]) <= 1e-4 * norm, name
 
 
+@pytest.mark.parametrize("form", ["int8+int8", "fp8+fp8"])
+def test_inputs_as_codes_are_near_inputs_as_they_are(form):
+    plain, codes = {"stack/*": form.partition("+")[0]}, {"stack/*": form}
+    with stored_layout(plain) as laid:
+        wanted, _ = loss_of(laid, laid.params(compressed(plain)))
+    losses = []
+    for sizes in (dict(), dict(data=2, tensor=4), dict(fsdp=8)):
+        with stored_layout(codes, **sizes) as laid:
+            losses.append(loss_of(laid, laid.params(compressed(codes)))[0])
+    # 7 bits (fp8: 3 of the mantissa) of every input; the loss is a mean over 128 tokens.
+    assert losses[0] == pytest.approx(wanted, rel=1e-2 if form == "fp8+fp8" else 2e-3)
+    assert losses[0] != wanted
+    # An input on the border of two codes falls to either side with float32's last bit.
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-3)
+
+
 @pytest.mark.parametrize("form", ["int8", "int4:8", "nf4:16"])
 def test_experts_are_stored_too(form):
     forms = {"stack/*": form}

@@ -1,0 +1,66 @@
+"""Makes a run's model smaller and writes it as a run of its own, which every command reads.
+
+    python -m compress quantize --workdir=runs/dense --out=runs/int8 --form=int8
+    python -m compress quantize --workdir=runs/dense --out=runs/int4 --form=int4:128 --method=gptq
+
+`python -m compress METHOD --help` lists the flags of one. docs/compression.md tells which to take.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cli
+from parallel.huge_pages import use_huge_pages
+
+OUT = cli.Flag("out", Path, None, "the folder of the new run; it is not there yet", required=True)
+STEP = cli.Flag("step", int, None, "the step to read; default: the newest")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A command: its main, its flags, a line about it."""
+
+    main: Callable[..., None]
+    flags: tuple[cli.Flag, ...]
+    about: str
+
+
+def methods() -> dict[str, Method]:
+    """All of them by name."""
+    from compress_quantize import FLAGS, main
+
+    return {
+        "quantize": Method(main, FLAGS, "Weights as codes and scales (docs/quantization.md)."),
+    }
+
+
+def run(arguments: list[str]) -> None:
+    """Finds the method and hands over."""
+    known = methods()
+    name = arguments[0] if arguments else ""
+    if name in ("", "-h", "--help"):
+        print(f"{__doc__}\nMethods:")
+        for each, entry in known.items():
+            print(f"  {each:<12}{entry.about}")
+        sys.exit(0 if name else cli.USER_ERROR)
+    if name not in known:
+        print(f"error: {name}: no such method; choose {', '.join(known)}", file=sys.stderr)
+        sys.exit(cli.USER_ERROR)
+    method = known[name]
+    cli.run(
+        method.main,
+        name=f"python -m compress {name}",
+        about=method.about,
+        config_from="workdir",
+        flags=(OUT, STEP, *method.flags),
+        argv=arguments[1:],
+    )
+
+
+if __name__ == "__main__":
+    use_huge_pages()
+    run(sys.argv[1:])

@@ -1,0 +1,208 @@
+"""Weights rounded to codes: to the nearest, or as calibration text says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compress.fold import apply_fold, folds_of, shared_scale
+from compress.gptq import gptq
+from compress.ranges import limit_of
+from compress.result import Result
+from compress.round import best_clip, nearest
+from compress.scaling import awq_scale, scaled_inputs, smooth_scale
+from compress.walk import STACK, Layer, check_walk, walk
+from compress.watch import Inputs
+from models.config import ModelConfig
+from parallel.forms import Form
+from parallel.quantised import quantised
+from parallel.rules import STACKS
+from training.micro_batches import Batch
+from training.naming import named
+from training.state import Model
+
+Tree = Any
+METHODS = ("rtn", "gptq", "awq", "smoothquant")
+CLIPS = ("absmax", "mse")
+RANGES = ("absmax", "percentile", "mse")
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """How weights become codes.
+
+    Attributes:
+      method: rtn (to the nearest), gptq, awq or smoothquant.
+      clip: how much of a group's range its scale covers: absmax (all of it) or mse (what gives the
+        least squared error, weighted by the inputs' squares where there is calibration).
+      ranges: how the one scale of all inputs of a static form is found.
+      percentile: of |x|, that `ranges` = percentile keeps.
+      damp: of GPTQ.
+      exponent: of SmoothQuant.
+    """
+
+    method: str = "rtn"
+    clip: str = "absmax"
+    ranges: str = "absmax"
+    percentile: float = 99.99
+    damp: float = 0.01
+    exponent: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, right in (("method", METHODS), ("clip", CLIPS), ("ranges", RANGES)):
+            value = getattr(self, name)
+            if value not in right:
+                raise ValueError(f"--{name}={value}: choose one of {', '.join(right)}")
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"--percentile={self.percentile}: above 0, at most 100")
+        if not 0 < self.damp < 1:
+            raise ValueError(f"--damp={self.damp}: a part of the mean, between 0 and 1")
+        if not 0 <= self.exponent <= 1:
+            raise ValueError(f"--exponent={self.exponent}: between 0 and 1")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method itself reads text."""
+        return self.method != "rtn"
+
+
+def quantize(
+    how: Quantize,
+    forms: Mapping[str, Sequence[Form]],
+    config: ModelConfig,
+    model: Model,
+    params: Tree,
+    batches: Sequence[Batch],
+) -> Result:
+    """The model's weights in codes.
+
+    Args:
+      forms: name of a matrix -> form of each of its layers.
+      config: of the model.
+      model: dense; call it under its mesh.
+      params: master parameters; they stay.
+      batches: calibration text, of which there is none where nothing is calibrated.
+
+    Raises:
+      ValueError: a model whose layers cannot be walked.
+    """
+    result = Result(model, params)
+    if batches:
+        check_walk(model, f"--method={how.method}")
+
+        def visit(layer: Layer) -> dict[str, jax.Array]:
+            return _visit(how, forms, config, result, layer)
+
+        walk(model, params, batches, visit)
+    for name, array in named(params).items():
+        if name not in forms or (batches and name.startswith(STACK)):
+            continue
+        stacked = model_axes(result, name)
+        for layer in range(result.layers(name)):
+            one = np.asarray(jax.reshard(array[layer] if stacked else array, jax.P()), np.float32)
+            form = forms[name][layer]
+            if form.code is not None:
+                result.put(name, layer, _rounded(how, form, result, name, one, None)[0], form)
+            else:
+                result.put(name, layer, one)
+    return result
+
+
+def model_axes(result: Result, name: str) -> bool:
+    """Whether a weight is stacked."""
+    return result.axes[name].split()[0] in STACKS
+
+
+def _visit(
+    how: Quantize,
+    forms: Mapping[str, Sequence[Form]],
+    config: ModelConfig,
+    result: Result,
+    layer: Layer,
+) -> dict[str, jax.Array]:
+    """One layer in codes; its arrays as they are run with."""
+    arrays = {name: np.asarray(w, np.float32) for name, w in layer.weights.items()}
+    inputs, changed = dict(layer.inputs), dict[str, np.ndarray]()
+    mine = {name: own[layer.number] for name, own in forms.items() if name in arrays}
+    if how.method in ("awq", "smoothquant"):
+        changed = _folded(how, mine, config, result, arrays, inputs)
+        arrays |= changed
+    for name in inputs:  # a matrix that keeps its form may be the source of a fold
+        if name not in mine or mine[name].code is None:
+            continue
+        node, values = _rounded(how, mine[name], result, name, arrays[name], inputs[name])
+        result.put(name, layer.number, node, mine[name])
+        changed[name] = values
+    for name, array in changed.items():
+        if name not in mine or mine[name].code is None:
+            result.put(name, layer.number, array)
+    return {name: jnp.asarray(array) for name, array in changed.items()}
+
+
+def _folded(
+    how: Quantize,
+    forms: Mapping[str, Form],
+    config: ModelConfig,
+    result: Result,
+    arrays: dict[str, np.ndarray],
+    inputs: dict[str, Inputs],
+) -> dict[str, np.ndarray]:
+    """The arrays that scales of inputs change; `inputs` become those of the scaled matrices."""
+    changed: dict[str, np.ndarray] = {}
+    matrices = {name: result.matrix(name) for name in inputs}
+    for fold in folds_of(config, list(arrays), STACK):
+        targets = [name for name in fold.targets if name in forms]
+        codes = [code for name in targets if (code := forms[name].code) is not None]
+        if not targets or len(codes) < len(targets):
+            continue
+        now = arrays | changed
+        flat = [now[n].reshape(matrices[n].rows, matrices[n].columns) for n in targets]
+        shared = lambda scale, fold=fold: shared_scale(fold, scale, config.head_dim)
+        if how.method == "awq":
+            scale = awq_scale(codes, flat, inputs[targets[0]], shared)
+        else:
+            scale = shared(smooth_scale(flat, inputs[targets[0]], how.exponent))
+        changed |= apply_fold(fold, now, matrices, scale.astype(np.float32), config.head_dim)
+        for name in fold.targets:
+            inputs[name] = scaled_inputs(inputs[name], scale)
+    return changed
+
+
+def _rounded(
+    how: Quantize, form: Form, result: Result, name: str, array: np.ndarray, inputs: Inputs | None
+) -> tuple[Any, np.ndarray]:
+    """(the node of one layer's matrix, float32 array of what it stands for)."""
+    matrix, code = result.matrix(name), form.code
+    assert code is not None
+    found = []
+    for w in array.reshape(-1, matrix.rows, matrix.columns):  # one, or each expert's
+        clip: np.ndarray | float = 1.0
+        if how.clip == "mse":
+            clip = best_clip(code, w, None if inputs is None else np.diag(inputs.moment))
+        if how.method == "gptq" and inputs is not None:
+            codes, scales = gptq(code, w, inputs.moment, damp=how.damp, clip=clip)
+        else:
+            _, codes, scales = nearest(code, w, clip)
+        found.append((codes, scales))
+    codes, scales = (
+        np.stack(part).reshape(*matrix.lead, *part[0].shape) for part in zip(*found, strict=True)
+    )
+    limit = None
+    if form.static:
+        assert inputs is not None
+        limit = jnp.asarray([limit_of(inputs, form.inputs, how.ranges, how.percentile)])
+    node = quantised(
+        code,
+        matrix,
+        jnp.asarray(array),
+        jnp.asarray(scales),
+        codes=jnp.asarray(codes),
+        inputs=form.inputs,
+        limit=limit,
+    )
+    return node, np.asarray(node.dense("float32"), np.float32)

@@ -1,0 +1,102 @@
+"""What a method made of each layer, gathered on the host and laid out as a tree of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from parallel.forms import Form, Forms, written
+from parallel.rules import STACKS
+from parallel.stored import Matrix
+from training.naming import named, nested
+from training.state import Model
+
+Tree = Any
+
+
+class Result:
+    """The weights that change, layer by layer; the others are those of the dense model.
+
+    Args:
+      model: dense.
+      params: its master parameters.
+    """
+
+    def __init__(self, model: Model, params: Tree) -> None:
+        self.model, self.params = model, params
+        self.axes = named(model.axes)
+        self.shapes = {name: tuple(a.shape) for name, a in named(params).items()}
+        self._nodes: dict[str, dict[int, Any]] = {}
+        self._forms: dict[str, dict[int, Form]] = {}
+
+    def layers(self, name: str) -> int:
+        """How many a weight has; 1 outside of stacks."""
+        return self.shapes[name][0] if self.axes[name].split()[0] in STACKS else 1
+
+    def matrix(self, name: str) -> Matrix:
+        """A weight of one layer as matrices."""
+        return Matrix.of(self.shapes[name], self.axes[name])
+
+    def put(self, name: str, layer: int, node: Any, form: Form | None = None) -> None:
+        """What a weight of a layer becomes: a node of `form`, or without one an array."""
+        self._nodes.setdefault(name, {})[layer] = jax.tree.map(np.asarray, node)
+        self._forms.setdefault(name, {})[layer] = form or Form("none")
+
+    def forms(self) -> dict[str, str]:
+        """`config.weights.forms` of the result."""
+        return {
+            name: text_of(self._forms_of(name))
+            for name in self._nodes
+            if any(form.kind != "none" for form in self._forms_of(name))
+        }
+
+    def finished(self, compressed: Model, mesh: jax.sharding.Mesh) -> Tree:
+        """The parameters of the model that `forms` gives, at rest.
+
+        Each changed array takes the place of the one that it was made of, which is deleted.
+        """
+        tree = named(self.params)
+        for name in self._nodes:
+            own = _branch(compressed.axes, name)
+            stacked = self.axes[name].split()[0] in STACKS
+            layers = [self._nodes[name][i] for i in range(self.layers(name))]
+            forms = of_layers(self._forms_of(name))
+            node = forms.joined(layers, self.matrix(name), np.stack) if stacked else layers[0]
+            tree[name].delete()
+            tree[name] = jax.tree.map(self._placed(compressed, mesh), node, own)
+        return nested(tree)
+
+    def _placed(self, model: Model, mesh: jax.sharding.Mesh) -> Callable[[Any, str], jax.Array]:
+        def put(array: np.ndarray, names: str) -> jax.Array:
+            spec = model.rules.at_rest(names, array.shape)
+            return jax.device_put(array, NamedSharding(mesh, spec))
+
+        return put
+
+    def _forms_of(self, name: str) -> list[Form]:
+        return [self._forms[name][i] for i in range(self.layers(name))]
+
+
+def of_layers(forms: list[Form]) -> Forms:
+    """The form of each layer as those of all but some."""
+    rest = max(dict.fromkeys(forms), key=forms.count)
+    others = [form for form in dict.fromkeys(forms) if form != rest]
+    layers = [tuple(i for i, form in enumerate(forms) if form == other) for other in others]
+    return Forms(rest, tuple(zip(others, layers, strict=True)))
+
+
+def text_of(forms: list[Form]) -> str:
+    """The same as `config.weights.forms` writes it."""
+    found = of_layers(forms)
+    named = [f"{written(form)}@{','.join(map(str, layers))}" for form, layers in found.layers]
+    return " ".join([*named, written(found.rest)])
+
+
+def _branch(tree: Mapping[str, Any], name: str) -> Any:
+    for part in name.split("/"):
+        tree = tree[part]
+    return tree

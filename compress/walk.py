@@ -1,0 +1,183 @@
+"""A model one layer after the other, each with what calibration text puts into its matrices.
+
+Layers are made smaller in their order, and the next one's inputs are those that the smaller ones
+give, as in GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323). Beside the model there are
+the residual stream of the calibration text and one layer: its weights and its sums. (One period of
+layers, where kinds of layers alternate.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compress.watch import Inputs, Recorder, Watched
+from models.stack import STACKED
+from parallel.rules import is_stacked
+from parallel.stored import is_stored
+from parallel.zero import for_model
+from training.micro_batches import Batch, counted
+from training.naming import named, nested
+from training.state import Model
+from training.stored import is_matrix
+
+Tree = Any
+STACK = f"stack/{STACKED}/"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a visitor is given of one layer.
+
+    Attributes:
+      number: from 0.
+      weights: canonical name -> float32 array of this layer, not divided.
+      inputs: the same names, of matrices -> `Inputs`, NumPy.
+    """
+
+    number: int
+    weights: dict[str, jax.Array]
+    inputs: dict[str, Inputs]
+
+
+Visit = Callable[[Layer], Mapping[str, jax.Array]]
+
+
+def stack_names(model: Model) -> list[str]:
+    """The canonical names of the arrays of the stack that a walk goes through."""
+    axes = {n: a for n, a in named(model.axes).items() if n.startswith(STACK)}
+    assert all(is_stacked(names) for names in axes.values()), axes
+    return list(axes)
+
+
+def matrices_of(model: Model) -> dict[str, str]:
+    """Those of them that are matrices, with their logical axes."""
+    axes = named(model.axes)
+    return {n: axes[n] for n in stack_names(model) if is_matrix(n, axes[n])}
+
+
+def check_walk(model: Model, what: str) -> None:
+    """Refuses a model whose layers cannot be walked.
+
+    Raises:
+      ValueError: naming the reason.
+    """
+    axes = named(model.axes)
+    if any("experts" in axes[n].split() for n in stack_names(model)):
+        raise ValueError(
+            f"{what}: calibrated on what goes into a matrix, which is not summed for experts "
+            f"(config.experts.number); choose a method without calibration"
+        )
+    if any(axes[n].startswith("shared_layers") for n in stack_names(model)):
+        raise ValueError(
+            f"{what}: calibrated layer by layer, and layers share blocks here "
+            f"(config.model.distinct); choose a method without calibration"
+        )
+
+
+def walk(model: Model, params: Tree, batches: Sequence[Batch], visit: Visit | None) -> None:
+    """Runs calibration text through the layers, and `visit` at each.
+
+    Args:
+      model: without rematerialisation and stages.
+      params: master parameters at rest; call it under the mesh.
+      batches: with `tokens` and whatever the family reads.
+      visit: a layer -> its weights as they are to be run with, by name; those that are left out
+        stay. None runs the layers as they are.
+    """
+    assert model.cut is not None
+    cut, period = model.cut, model.cut.period
+    flat, matrices = named(params), matrices_of(model)
+    stacked = {name: flat.pop(name) for name in stack_names(model)}
+    outside, layout = flat, list[list[list[str]]]()
+
+    def built(outside: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
+        axes = named(model.axes)
+        arrays = outside | layers
+        leaves, build = for_model(arrays, {n: axes[n] for n in arrays}, model.rules, "float32")
+        return build(leaves)
+
+    @jax.jit
+    def embed(outside: dict[str, Any], batch: Batch) -> jax.Array:
+        return cut.embed(nested(built(outside, {}) | dict.fromkeys(stacked)), batch, None)
+
+    @jax.jit
+    def run(
+        outside: dict[str, Any], layers: dict[str, Any], x: jax.Array, batch: Batch, first: Any
+    ) -> jax.Array:
+        tree = nested(built(outside, layers))
+        return cut.blocks(tree, x, batch, None, first, counted(batch))
+
+    @jax.jit
+    def sums(
+        outside: dict[str, Any], layers: dict[str, Any], x: jax.Array, batch: Batch, first: Any
+    ) -> list[Inputs]:
+        recorder = Recorder(counted(batch).tokens_BT)
+        watched = {
+            name: Watched(leaf, recorder, name) if name in matrices else leaf
+            for name, leaf in built(outside, layers).items()
+        }
+        cut.blocks(nested(watched), x, batch, None, first, counted(batch))
+        layout.append(recorder.names)
+        return recorder.found
+
+    @jax.jit
+    def take(stacked: dict[str, Any], first: Any) -> dict[str, jax.Array]:
+        cut_out = lambda a: jax.lax.dynamic_slice_in_dim(a, first, period)
+        return {name: cut_out(array) for name, array in stacked.items()}
+
+    @partial(jax.jit, donate_argnums=0)
+    def add(some: list[Inputs], more: list[Inputs]) -> list[Inputs]:
+        return [a.plus(b) for a, b in zip(some, more, strict=True)]
+
+    xs = [embed(outside, batch) for batch in batches]
+    for first in range(0, cut.layers, period):
+        number = jnp.int32(first)
+        layers = take(stacked, number)
+        if visit is not None:
+            total = None
+            for x, batch in zip(xs, batches, strict=True):
+                found = sums(outside, layers, x, batch, number)
+                total = found if total is None else add(total, found)
+            layers = _visited(visit, layers, total, layout[0], first, period)
+        xs = [run(outside, layers, x, b, number) for x, b in zip(xs, batches, strict=True)]
+
+
+def _visited(
+    visit: Visit,
+    layers: dict[str, jax.Array],
+    found: Any,
+    owners: list[list[str]],
+    first: int,
+    period: int,
+) -> dict[str, jax.Array]:
+    """The layers of one period as the visitor left them."""
+    inputs: list[dict[str, Inputs]] = [{} for _ in range(period)]
+    for sums, names in zip(found, owners, strict=True):
+        host = Inputs(*(jax.device_get(a) for a in sums))
+        for name in names:
+            place = next(i for i in range(period) if name not in inputs[i])
+            inputs[place][name] = host
+    for place in range(period):
+        whole = {n: jax.reshard(a[place], jax.P()) for n, a in layers.items()}
+        changed = visit(Layer(first + place, whole, inputs[place]))
+        for name, array in changed.items():
+            layers[name] = _put(layers[name], array, place)
+    return layers
+
+
+@jax.jit
+def _put(layers: jax.Array, one: jax.Array, place: Any) -> jax.Array:
+    spec = jax.typeof(layers).sharding.spec
+    own = jax.reshard(one.reshape(layers.shape[1:]), jax.P(*spec[1:]))
+    return jax.lax.dynamic_update_index_in_dim(layers, own, place, 0)
+
+
+def is_dense(params: Tree) -> bool:
+    """Whether no weight is stored in another form."""
+    return not any(is_stored(n) for n in jax.tree.leaves(params, is_leaf=is_stored))

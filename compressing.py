@@ -1,0 +1,174 @@
+"""What every `python -m compress` command does around its method: opens a run, writes another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from compress.walk import is_dense, matrices_of
+from config_border import with_values, write_config
+from config_types import plain
+from data.loader import device_batches, local_rows
+from experiment import Experiment, read_experiment
+from parallel.mesh import make_mesh
+from parallel.remat import RematConfig
+from parallel.stored import Matrix
+from run_params import saved_params
+from training.checkpoint import CheckpointConfig, Checkpoints
+from training.micro_batches import Batch
+from training.naming import named
+from training.state import Model, Tree
+
+TOKENIZER = "tokenizer.json"
+BATCH = 16  # rows of calibration text at a time, where the mesh allows it
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is opened to be made smaller.
+
+    Attributes:
+      config: complete.
+      experiment: of it, without what training alone wants.
+      model: as it is stored.
+      params: its master parameters.
+      step: that they are of.
+    """
+
+    config: ConfigDict
+    experiment: Experiment
+    model: Model
+    mesh: jax.sharding.Mesh
+    params: Tree
+    workdir: Path
+    step: int
+
+    def calibration(self, rows: int, seed: int, what: str) -> list[Batch]:
+        """Rows of the run's training text, in an order of its own.
+
+        Raises:
+          ValueError: too few, or a number that the mesh does not divide.
+        """
+        parts, length = self.model.rules.parts("batch"), self.experiment.data.sequence_length
+        if rows < 1 or rows % parts:
+            raise ValueError(
+                f"--rows={rows}: the mesh divides the batch in {parts}; give a multiple of that"
+            )
+        axes, params = named(self.model.axes), named(self.params)
+        inputs = {n: Matrix.of(params[n].shape, axes[n]).rows for n in matrices_of(self.model)}
+        name = max(inputs, key=lambda n: inputs[n])
+        if rows * length < inputs[name]:
+            least = -(-inputs[name] // (length * parts)) * parts
+            raise ValueError(
+                f"--rows={rows}: {rows * length} tokens say too little of the {inputs[name]} "
+                f"inputs of {name}, which {what} is calibrated on; give at least {least} rows"
+            )
+        size = next(n for n in range(max(BATCH, parts), 0, -1) if rows % n == 0 and n % parts == 0)
+        data = self.experiment.open_data(self.workdir)
+        data = replace(data, seed=seed, config=replace(data.config, batch_size=size))
+        spec = self.model.rules.spec("batch seq")
+        with data.train(0, rows=local_rows(self.mesh, spec, size)) as loader:
+            batches = device_batches(loader, self.mesh, spec)
+            return [next(batches) for _ in range(rows // size)]
+
+
+@contextmanager
+def opened(config: ConfigDict, workdir: Path, step: int | None, out: Path) -> Iterator[Run]:
+    """A run's dense model and parameters, inside its mesh.
+
+    Raises:
+      ValueError: several processes, an `--out` that is there, or a run that is compressed already.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"--num_processes={jax.process_count()}: one process compresses; run it alone, on any "
+            f"mesh of its devices"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out={out}: is there already; give a folder that is not")
+    experiment = read_experiment(config, jax.device_count(), training=False)
+    experiment = replace(experiment, remat=RematConfig())
+    if experiment.mesh.pipe > 1:
+        raise ValueError(
+            f"config.mesh.pipe = {experiment.mesh.pipe}: compression knows no stages; give "
+            f"--config.mesh.pipe=1, and fsdp or tensor higher"
+        )
+    mesh = make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        model = experiment.build_model()
+        read = saved_params(experiment, model, mesh, workdir, step, None)
+        if not is_dense(read.params):
+            raise ValueError(
+                f"--workdir={workdir}: its weights are stored in other forms already "
+                f"(config.weights.forms); give the dense run that it was made of"
+            )
+        assert read.step is not None
+        yield Run(config, experiment, model, mesh, read.params, workdir, read.step)
+
+
+def compressed_model(run: Run, values: Mapping[str, Any]) -> tuple[ConfigDict, Model]:
+    """The config with new values, and the model that it gives on the run's mesh."""
+    config = with_values(run.config, values)
+    experiment = read_experiment(config, jax.device_count(), training=False)
+    return config, replace(experiment, remat=RematConfig()).build_model()
+
+
+def write_run(
+    run: Run, config: ConfigDict, params: Tree, out: Path, how: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A run's folder with one step: an ordinary checkpoint, its config and its tokenizer.
+
+    Args:
+      how: what was done, kept in the checkpoint's metadata.
+
+    Returns:
+      Bytes of all arrays, of the matrices and of the step's folder.
+    """
+    checkpoints = Checkpoints(out / "checkpoints", CheckpointConfig())
+    metadata = Checkpoints(run.workdir / "checkpoints").metadata(run.step)
+    steps = [*metadata.get("compressed", []), dict(how)]
+    kept = {"data": metadata.get("data"), "config": plain(config), "metrics": {}}
+    checkpoints.save(run.step, {"params": params}, kept | {"compressed": steps})
+    checkpoints.close()
+    if (run.workdir / TOKENIZER).is_file():
+        shutil.copyfile(run.workdir / TOKENIZER, out / TOKENIZER)
+    write_config(out, config)
+    folder = out / "checkpoints" / str(run.step)
+    disk = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    sizes = {name: a.size * a.dtype.itemsize for name, a in named(params).items()}
+    matrices = tuple(f"{name}/" for name in matrices_of(run.model))
+    of_matrices = sum(size for name, size in sizes.items() if f"{name}/".startswith(matrices))
+    weights = sum(run_size for run_size in sizes_of(run).values())
+    return {
+        "step": run.step,
+        "bytes": sum(sizes.values()),
+        "matrix_bytes": of_matrices,
+        "bits_per_weight": 8 * of_matrices / max(weights, 1),
+        "disk_bytes": disk,
+    }
+
+
+def sizes_of(run: Run) -> dict[str, int]:
+    """How many numbers each matrix of the dense model has."""
+    shapes = {name: a.size for name, a in named(run.params).items()}
+    return {name: shapes[name] for name in matrices_of(run.model)}
+
+
+def report(out: Path, dense_bytes: int, sizes: Mapping[str, Any]) -> None:
+    """Two lines for a person, and one JSON object."""
+    bits, part = sizes["bits_per_weight"], sizes["bytes"] / dense_bytes
+    print(
+        f"{out}: {sizes['bytes'] / MIB:,.1f} MiB of arrays, {part:.3f} of the dense model's; "
+        f"matrices of the layers {bits:.3f} bits a weight; {sizes['disk_bytes'] / MIB:,.1f} MiB "
+        f"on disk"
+    )
+    print(json.dumps(dict(sizes)))
