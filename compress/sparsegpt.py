@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from compress.gptq import inverse_factor
 from compress.prune import check_share, smallest_of_fours
 
 BLOCK = 128
@@ -71,16 +72,3 @@ def _cheapest(costs_KM: np.ndarray, sparsity: float) -> np.ndarray:
     mask = np.zeros(costs_KM.size, bool)
     mask[order] = True
     return mask.reshape(costs_KM.shape)
-
-
-def inverse_factor(moment_KK: np.ndarray, damp: float, w_KM: np.ndarray) -> np.ndarray:
-    """The upper Cholesky factor of the damped moment's inverse, float64 [K, K].
-
-    Of an input that is always zero the rows of `w_KM` are made zero: they are never seen.
-    """
-    moment = np.array(moment_KK, np.float64)
-    dead = np.diag(moment) == 0
-    moment[dead, dead] = 1.0
-    w_KM[dead] = 0.0
-    moment[np.diag_indices_from(moment)] += damp * np.mean(np.diag(moment))
-    return np.linalg.cholesky(np.linalg.inv(moment)).T

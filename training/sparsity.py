@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from parallel.rules import is_stacked
+from parallel.when import when
 from training.magnitude import PATTERNS, SCOPES, check_fours, numbers, with_zeros
 from training.naming import named
 from training.state import Model
@@ -115,11 +116,7 @@ class Sparsity:
         return frozenset(self.axes)
 
     def pruned(self, params: Tree, step: Array) -> Tree:
-        """The parameters that a step starts with.
-
-        A loop of no turn or one: XLA carries its state in place, where it would copy what goes into
-        a conditional and what comes out.
-        """
+        """The parameters that a step starts with, in place."""
         config = self.config
         if not config.target:
             return params
@@ -129,7 +126,7 @@ class Sparsity:
         event = (step - config.begin + config.every - 1) // config.every
         shares = [config.share(at) for at in config.steps()]
 
-        def prune(_: Any, weights: dict[str, Array]) -> dict[str, Array]:
+        def prune(weights: dict[str, Array]) -> dict[str, Array]:
             if len(shares) == 1 and config.pattern == "2:4":
                 return with_zeros(weights, self.axes, None, pattern="2:4")
             tables = [numbers(weights, self.axes, share, config.scope) for share in shares]
@@ -143,7 +140,7 @@ class Sparsity:
                 weights, self.axes, number, scope=config.scope, pattern=config.pattern
             )
 
-        weights = jax.lax.fori_loop(0, due.astype(jnp.int32), prune, weights)
+        weights = when(due, prune, weights)
         leaves = [weights.get(name, array) for name, array in named(params).items()]
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import get_mesh
 from parallel.mesh import MeshConfig
 from parallel.precision import PrecisionConfig
 from parallel.rules import ParallelConfig, make_rules
-from tests.small import initial_params, layout
+from tests.small import DECODER, initial_params, layout
 from tests.training.line import tokens
 from training.naming import named
 from training.optim import NAMES, OptimizerConfig, make_optimizer
@@ -117,10 +118,14 @@ def test_no_optimizer_moves_a_zero_that_is_held(use_mesh, name):
     assert float(metrics["sparsity"]) == pytest.approx(dead.mean())
 
 
+PLAIN = replace(
+    DECODER, dropout=0.0, qkv_bias=False, mlp_bias=False, attention_out_bias=False, qk_norm=False
+)
 KINDS = [{}, dict(fsdp=8, zero=3), dict(data=2, tensor=4)]
 NAMES_OF_SOME = ("stack/*/mlp/*", "*/out")
 
 
+@pytest.mark.slow
 def test_every_layout_prunes_the_same_weights_by_the_same_schedule():
     schedule = dict(target=0.8, begin=2, end=7, every=3)
     config = SparsityConfig(**schedule, names=NAMES_OF_SOME, scope="global")
@@ -150,6 +155,7 @@ def test_every_layout_prunes_the_same_weights_by_the_same_schedule():
     assert untouched["embedding"] == 0
 
 
+@pytest.mark.slow
 def test_a_real_step_is_one_program_and_needs_no_more_memory():
     """Here, where activations are tiny, what is beside the step's own arrays shows: a masked
     gradient, which XLA:CPU does not make in place, and a byte for each weight of what 2:4 leaves
@@ -158,10 +164,10 @@ def test_a_real_step_is_one_program_and_needs_no_more_memory():
     config = SparsityConfig(target=0.5, begin=1, end=5, every=2, pattern="2:4")
     optimizer = OptimizerConfig(learning_rate=0.01, warmup_steps=0)
     sizes, masks = {}, []
-    with layout(fsdp=8, zero=3) as laid:
+    with layout(config=PLAIN, fsdp=8, zero=3) as laid:
         for chosen in (SparsityConfig(), config):
             rule, step = made(laid.model, chosen, optimizer, 12)
-            params = laid.params(initial_params())
+            params = laid.params(initial_params(PLAIN))
             state = create_state(laid.model, rule, FLOAT32, 0, laid.mesh, params)
             run = jax.jit(step, donate_argnums=0)
             compiled = run.lower(state, laid.batch()).compile()
