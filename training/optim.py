@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -106,11 +107,7 @@ def make_optimizer(
     Sources: Loshchilov and Hutter 2019 (AdamW), https://arxiv.org/abs/1711.05101; Chen et al. 2023
     (Lion), https://arxiv.org/abs/2302.06675; Adafactor and Muon in `training/matrices.py`.
     """
-
-    def make(axes: Any) -> optax.GradientTransformationExtraArgs:
-        chain = _chain(config, total_steps, axes)
-        return keeping_zeros(chain, zeros) if zeros else chain
-
+    make = keeping_zeros(partial(_chain, config, total_steps), zeros)
     return offloaded(make, axes) if config.offload else make(axes)
 
 

@@ -11,7 +11,7 @@ are those of GaLore and APOLLO: it is the update that is masked, last of all. Mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from training.naming import named
 
 Tree = Any
 Names = frozenset[str]
+Make = Callable[[Tree], optax.GradientTransformation]
 
 
 def without_gradient(grads: Tree, params: Tree, names: Names) -> Tree:
@@ -44,21 +45,30 @@ def without_gradient(grads: Tree, params: Tree, names: Names) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(grads), found)
 
 
-def keeping_zeros(
-    inner: optax.GradientTransformation, names: Names
-) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that leaves zeros of the parameters with these names as they are.
+def keeping_zeros(make: Make, names: Names) -> Make:
+    """What makes, of logical axes, an optimizer that leaves zeros of some parameters as they are.
 
-    Its state is that of `inner`, with moments of zero where the weight is zero.
+    Its state is that of the optimizer which `make` makes, with moments of zero where the weight is
+    zero.
+
+    Args:
+      make: logical axes -> an optimizer.
+      names: canonical names of the parameters.
     """
-    run = optax.with_extra_args_support(inner)
 
-    def update(updates: Tree, state: Tree, params: Tree = None, **extra: Any) -> tuple[Tree, Tree]:
-        weights = {name: array for name, array in named(params).items() if name in names}
-        updates, state = run.update(updates, state, params, **extra)
-        return _masked(updates, weights), _masked(state, weights)
+    def made(axes: Tree) -> optax.GradientTransformationExtraArgs:
+        inner = optax.with_extra_args_support(make(axes))
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+        def update(
+            updates: Tree, state: Tree, params: Tree = None, **extra: Any
+        ) -> tuple[Tree, Tree]:
+            weights = {name: array for name, array in named(params).items() if name in names}
+            updates, state = inner.update(updates, state, params, **extra)
+            return _masked(updates, weights), _masked(state, weights)
+
+        return optax.GradientTransformationExtraArgs(inner.init, update)
+
+    return made if names else make
 
 
 def _masked(tree: Tree, weights: Mapping[str, Array]) -> Tree:
