@@ -67,7 +67,6 @@ def train(config: Any, workdir: Path) -> None:
         sparsity = make_sparsity(experiment.sparsity, model)
         trained = model.trained(model.axes)
         optimizer = make_optimizer(experiment.optimizer, settings.steps, trained, sparsity.names)
-        schedule = make_schedule(experiment.optimizer, settings.steps)
         kind, count = jax.devices()[0].device_kind, jax.device_count()
         params_of = initial_params(experiment, model, mesh)
         say(f"devices: {count} x {kind}; {experiment.describe_layout()}")
@@ -102,7 +101,7 @@ def train(config: Any, workdir: Path) -> None:
         step_fn = make_step(
             model,
             optimizer,
-            schedule,
+            make_schedule(experiment.optimizer, settings.steps),
             experiment.precision,
             seed=experiment.seed,
             micro_steps=experiment.micro_steps,

@@ -26,12 +26,12 @@ from training.step import make_step
 FLOAT32 = PrecisionConfig()
 L, K, M = 2, 16, 12
 NAME = "stack/blocks/mlp/up"
+WANTED = np.random.default_rng(1).normal(size=(L, K, M)).astype(np.float32)
 
 
 def quadratic() -> Model:
     """loss = (w - target)^2 of a stack of matrices and a bias: every gradient is dense."""
     rules = make_rules(ParallelConfig(), MeshConfig(data=1).sizes(), {})
-    wanted = jnp.asarray(np.random.default_rng(1).normal(size=(L, K, M)), jnp.float32)
     tree = lambda w, b: {"stack": {"blocks": {"mlp": {"up": w, "up_bias": b}}}}
 
     def init(key):
@@ -40,7 +40,7 @@ def quadratic() -> Model:
 
     def loss(params, batch, weights, key):
         mlp = params["stack"]["blocks"]["mlp"]
-        total = jnp.sum((mlp["up"] - wanted) ** 2) + jnp.sum((mlp["up_bias"] - 1) ** 2)
+        total = jnp.sum((mlp["up"] - WANTED) ** 2) + jnp.sum((mlp["up_bias"] - 1) ** 2)
         total = total * jnp.sum(weights.tokens_BT)
         return total, {"nll_sum": jax.lax.stop_gradient(total)}
 
@@ -109,10 +109,14 @@ def test_no_optimizer_moves_a_zero_that_is_held(use_mesh, name):
         state.params["stack"]["blocks"]["mlp"]["up"] = jnp.where(dead, 0.0, w)
         before = np.asarray(state.params["stack"]["blocks"]["mlp"]["up"])
         run = jax.jit(step, donate_argnums=0)
+        norms = []
         for _ in range(3):
             state, metrics = run(state, tokens([[0, 1]]))
+            norms.append(float(metrics["grad_norm"]))
         after = np.asarray(state.params["stack"]["blocks"]["mlp"]["up"])
     assert run._cache_size() == 1
+    of_live = 4 * np.sum((before - WANTED)[~dead] ** 2) + 4 * L * M  # biases go from 0 to 1
+    assert norms[0] == pytest.approx(of_live**0.5, rel=1e-5)
     np.testing.assert_array_equal(after == 0, dead)
     assert (after != before)[~dead].mean() > 0.99
     assert float(metrics["sparsity"]) == pytest.approx(dead.mean())
