@@ -7,8 +7,10 @@ here, and gives the next one when it runs out of memory all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -23,8 +25,10 @@ from memory.plan import GIB, Row, gib, plan, remedies
 from memory.plan_text import verdict
 from memory.search import best_of, fallbacks, nothing_fits
 from parallel.targets import Target, local_target
+from teacher import check_same_teacher
 from training.checkpoint import Checkpoints
-from training.state import Model, Tree
+from training.naming import TRAINING_ONLY
+from training.state import Model, Tree, drawn_params
 from training.trunk import trunk_params
 
 
@@ -134,18 +138,39 @@ def initial_params(
             experiment.precision,
             experiment.seed,
             mesh,
-            new=experiment.init_new,
-            drop=experiment.init_drop,
+            new=(*experiment.init_new, f"{TRAINING_ONLY}/*"),
+            drop=(*experiment.init_drop, f"{TRAINING_ONLY}/*"),
         )
     folder = open_folder(Path(experiment.init_from), "config.init_from")
-    found = find_params(folder, experiment.model, model, experiment.precision)
-    return lambda: read_params(found, model, experiment.precision, mesh)
+    alone = replace(experiment, teacher=None).build_model()  # the checkpoint is of a model alone
+    found = find_params(folder, experiment.model, alone, experiment.precision)
+
+    def read() -> Tree:
+        params = read_params(found, alone, experiment.precision, mesh)
+        rest = lambda drawn: {n: tree for n, tree in drawn.items() if n not in params}
+        drawn = (
+            {}
+            if model.axes.keys() == alone.axes.keys()
+            else drawn_params(model, experiment.precision, experiment.seed, rest)
+        )
+        return params | drawn
+
+    return read
 
 
-def check_same_data(saved: str, now: str, workdir: Path) -> None:
-    """Refuses to continue on other data than the checkpoint was trained on."""
-    if saved != now:
+def check_same_inputs(
+    saved: Mapping[str, Any], now: Mapping[str, str], config: ConfigDict, workdir: Path
+) -> None:
+    """Refuses to continue on other data, or with another teacher, than the checkpoint has seen.
+
+    Args:
+      saved: the checkpoint's metadata, with the fingerprints of both; an older one has no teacher.
+      now: those of `data` and `teacher` here.
+    """
+    if saved["data"] != now["data"]:
         raise ValueError(
             f"config.data: the files have changed since --workdir={workdir} was trained "
-            f"(fingerprint {saved[:12]}, now {now[:12]}); give the same files or another --workdir"
+            f"(fingerprint {saved['data'][:12]}, now {now['data'][:12]}); give the same files or "
+            f"another --workdir"
         )
+    check_same_teacher(saved.get("teacher", ""), now["teacher"], config.distill.teacher, workdir)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent
 SOURCES = (
     *("parallel/*.py", "models/*.py", "training/*.py", "memory/*.py", "data/config.py"),
-    *("configs/base.py", "config_*.py", "experiment.py", "compile_for.py"),
+    *("configs/base.py", "config_*.py", "experiment*.py", "compile_for.py"),
     *("generation/config.py", "inference.py"),
 )
 COMPILERS = (
@@ -57,6 +57,8 @@ def compile_for(
       ValueError: the target's compiler is not installed.
     """
     target.check_compiler()
+    if mode == "train" and (folder := teacher_of(config)):  # that process runs in another folder
+        config = config | {"distill": config["distill"] | {"teacher": str(folder.absolute())}}
     kept = cache_folder() / f"{content_key(config, target, mode)}.json.gz"
     if kept.is_file():
         return json.loads(gzip.decompress(kept.read_bytes()))
@@ -97,6 +99,9 @@ def content_key(config: dict[str, Any], target: Target, mode: str = "train") -> 
     relevant = {name: value for name, value in config.items() if name not in IRRELEVANT}
     digest.update(json.dumps([relevant, target.name, mode], sort_keys=True).encode())
     digest.update(os.environ.get("XLA_FLAGS", "").encode())
+    teacher = teacher_of(config)
+    if teacher is not None and (teacher / "config.json").is_file():
+        digest.update((teacher / "config.json").read_bytes())
     for package in COMPILERS:
         try:
             digest.update(f"{package} {importlib.metadata.version(package)}".encode())
@@ -106,6 +111,12 @@ def content_key(config: dict[str, Any], target: Target, mode: str = "train") -> 
         for file in sorted(ROOT.glob(pattern)):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
+
+
+def teacher_of(config: dict[str, Any]) -> Path | None:
+    """The folder whose model is compiled beside the config's own."""
+    named = config.get("distill", {}).get("teacher", "")
+    return Path(named) if named else None
 
 
 def main() -> None:

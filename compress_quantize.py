@@ -37,10 +37,11 @@ def main(
     **how: Any,
 ) -> None:
     """The run, its forms, calibration text, codes, the new run."""
+    import jax  # here: a typo on the command line costs no import
+
     from compress.budget import candidates, mixed
     from compress.quantize import Quantize, quantize
-    from compressing import compressed_model, opened, report, write_run
-    from training.stored import WeightsConfig, chosen_forms
+    from compressing import compressed_model, forms_of, opened, report, write_run
 
     chosen = Quantize(**how)
     if (form is None) == (mix is None) or (mix is None) != (bits is None):
@@ -48,28 +49,17 @@ def main(
             "--form: missing; give --form=int4:128, or --mix=int8,int4:128 with --bits=4.5"
         )
     with opened(config, workdir, step, out) as run:
-        from training.naming import named
-
-        arrays, axes = named(run.params), named(run.model.axes)
-        shapes = {name: a.shape for name, a in arrays.items()}
-
-        def forms_of(text: str) -> dict[str, Any]:
-            asked = WeightsConfig({only: text})
-            found = chosen_forms(asked, shapes, axes, key=f"--form={text}")
-            number = lambda name: shapes[name][0] if axes[name].split()[0].endswith("layers") else 1
-            return {name: forms.of_layers(number(name)) for name, forms in found.items()}
-
         static = "=" in (form or "") + (mix or "")
         text = chosen.calibrated or static or mix is not None
         batches = run.calibration(rows, seed, chosen.method) if text else []
         if form is not None:
-            forms = forms_of(form)
+            forms = forms_of(run, only, form, f"--form={form}")
         else:
             assert mix is not None
             assert bits is not None
-            options = [forms_of(name) for name in mix.split(",")]
+            options = [forms_of(run, only, name, f"--mix={mix}") for name in mix.split(",")]
             forms = mixed(candidates(run.model, run.params, batches, options), bits)
-        dense = sum(a.nbytes for a in arrays.values())
+        dense = sum(a.nbytes for a in jax.tree.leaves(run.params))
         model_config = run.experiment.model
         made = quantize(chosen, forms, model_config, run.model, run.params, batches)
         values = {"config.weights.forms": made.forms()}

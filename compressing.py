@@ -18,14 +18,17 @@ from config_border import with_values, write_config
 from config_types import plain
 from data.loader import device_batches, local_rows
 from experiment import Experiment, read_experiment
+from parallel.forms import Form
 from parallel.mesh import make_mesh
-from parallel.remat import RematConfig
+from parallel.remat import FORWARD, RematConfig
+from parallel.rules import STACKS
 from parallel.stored import Matrix
 from run_params import saved_params
 from training.checkpoint import CheckpointConfig, Checkpoints
 from training.micro_batches import Batch
 from training.naming import named
 from training.state import Model, Tree
+from training.stored import WeightsConfig, chosen_forms
 
 TOKENIZER = "tokenizer.json"
 BATCH = 16  # rows of calibration text at a time, where the mesh allows it
@@ -96,7 +99,7 @@ def opened(config: ConfigDict, workdir: Path, step: int | None, out: Path) -> It
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={out}: is there already; give a folder that is not")
     experiment = read_experiment(config, jax.device_count(), training=False)
-    experiment = replace(experiment, remat=RematConfig())
+    experiment = replace(experiment, remat=RematConfig(FORWARD))
     if experiment.mesh.pipe > 1:
         raise ValueError(
             f"config.mesh.pipe = {experiment.mesh.pipe}: compression knows no stages; give "
@@ -115,11 +118,25 @@ def opened(config: ConfigDict, workdir: Path, step: int | None, out: Path) -> It
         yield Run(config, experiment, model, mesh, read.params, workdir, read.step)
 
 
+def forms_of(run: Run, only: str, text: str, flag: str) -> dict[str, list[Form]]:
+    """The form of every layer of the matrices that a pattern names.
+
+    Args:
+      text: of a form, as `parallel.forms` reads it.
+      flag: what gave it, for messages.
+    """
+    arrays, axes = named(run.params), named(run.model.axes)
+    shapes = {name: tuple(a.shape) for name, a in arrays.items()}
+    found = chosen_forms(WeightsConfig({only: text}), shapes, axes, key=flag)
+    layers = lambda name: shapes[name][0] if axes[name].split()[0] in STACKS else 1
+    return {name: forms.of_layers(layers(name)) for name, forms in found.items()}
+
+
 def compressed_model(run: Run, values: Mapping[str, Any]) -> tuple[ConfigDict, Model]:
     """The config with new values, and the model that it gives on the run's mesh."""
     config = with_values(run.config, values)
     experiment = read_experiment(config, jax.device_count(), training=False)
-    return config, replace(experiment, remat=RematConfig()).build_model()
+    return config, replace(experiment, remat=RematConfig(FORWARD)).build_model()
 
 
 def write_run(

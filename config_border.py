@@ -36,6 +36,8 @@ FREE_KEYS = (
     "config.data.cache",
     "config.data.eval_path",
     "config.data.prefetch_mib",
+    "config.distill.teacher",  # a folder that moved: train.py compares what is in it
+    "config.distill.teacher_step",
     "config.layout",
     "config.loss.chunk",
     "config.model.attention",
@@ -177,6 +179,8 @@ def check_same_run(old: ConfigDict, new: ConfigDict) -> None:
     before = dict(_values(old))
     for key, value in _values(new):
         free = key in FREE_KEYS or key.split(".")[1] in FREE_SECTIONS
+        if key == "config.distill.teacher":
+            free = bool(value) == bool(before[key])  # with one or without: that is learnt
         if not free and value != before[key]:
             raise ValueError(
                 f"{key} = {value!r}: this workdir's run has {before[key]!r}; give that value, "

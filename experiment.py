@@ -13,7 +13,8 @@ from data import agree
 from data.config import DataConfig
 from data.objective import ObjectiveConfig
 from data.parts import ImageShape
-from experiment_checks import check_images, check_pipeline, divided
+from experiment_checks import check_images, check_optimizer, check_pipeline, divided
+from experiment_teacher import check_teacher, teacher_config
 from generation.config import GenerateConfig
 from memory.job import Job
 from memory.plan import MemoryConfig
@@ -28,6 +29,7 @@ from parallel.precision import PrecisionConfig
 from parallel.remat import CROSS_TENSORS, EXPERT_TENSORS, RematConfig
 from parallel.rules import ParallelConfig, Rules, make_rules
 from training.checkpoint import CheckpointConfig
+from training.distill import Distillation, DistillConfig, with_projection
 from training.evaluation import EvalConfig, results
 from training.frozen import freeze
 from training.losses import LossConfig
@@ -93,8 +95,10 @@ class Experiment:
     generate: GenerateConfig
     logging: LoggingConfig
     memory: MemoryConfig
+    distill: DistillConfig
     training: bool = True  # or evaluation alone, which has no schedule and no micro-batches
     pipeline_notes: tuple[str, ...] = ()  # of `pipeline.without_effect`, as it was given
+    teacher: Experiment | None = None  # of `config.distill`, in training alone
 
     @property
     def staged(self) -> bool:
@@ -152,7 +156,26 @@ class Experiment:
         pipeline = self.pipeline if self.staged else None
         rules, frozen = self.rules(), self.optimizer.frozen if self.training else ()
         made = make_model(self.model, self.objective, self.loss, rules, self.remat, pipeline)
-        return freeze(stored(made, self.weights), frozen)
+        made = freeze(stored(made, self.weights), frozen)
+        if self.teacher is None:
+            return made
+        widths = self.model.embed_dim, self.teacher.model.embed_dim
+        return with_projection(made, self.distill, *widths)
+
+    def distillation(self, student: Model) -> Distillation | None:
+        """What the step of `build_model()` is told of a teacher; call it inside `jax.set_mesh`."""
+        teacher = self.teacher
+        if teacher is None:
+            return None
+        return Distillation(
+            self.distill,
+            student,
+            teacher.build_model(),
+            teacher.precision.compute,
+            self.distill.pairs(self.model.layers, teacher.model.layers),
+            self.model.vocab_size,
+            self.loss,
+        )
 
     def open_data(self, folder: Path) -> Data:
         """The data of this run, whose folder is given."""
@@ -171,6 +194,9 @@ class Experiment:
 
     def job(self) -> Job:
         """The training step, for the planner."""
+        teacher = None
+        if self.teacher is not None:
+            teacher = replace(self.teacher.job(), micro_steps=self.micro_steps)
         return Job(
             model=self.model,
             mesh=self.mesh,
@@ -188,6 +214,8 @@ class Experiment:
             pipeline=self.pipeline if self.staged else None,
             source_length=self.source_length,
             sparsity=self.sparsity,
+            distill=self.distill,
+            teacher=teacher,
         )
 
     @property
@@ -234,6 +262,7 @@ class Experiment:
         notes += self.model.experts.without_effect()
         notes += config_checks.without_effect(self.model)
         notes += self.objective.without_effect()
+        notes += self.distill.without_effect()
         notes += agree.without_effect(self.data, self.objective)
         if self.loss.z_loss and not self.model.token_head:
             notes.append("config.loss.z_loss has no effect: no token is predicted")
@@ -293,11 +322,13 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         generate=build(GenerateConfig, config.generate, "config.generate"),
         logging=build(LoggingConfig, config.logging, "config.logging"),
         memory=build(MemoryConfig, config.memory, "config.memory"),
+        distill=build(DistillConfig, config.distill, "config.distill"),
         training=training,
     )
     check_objective(experiment.model, experiment.objective)
     if training:
         experiment.sparsity.check_run(experiment.train.steps)
+        check_optimizer(experiment)
     if experiment.mesh.expert > 1 and not experiment.model.experts.number:
         raise ValueError(
             f"config.mesh.expert = {experiment.mesh.expert}: there are no experts to divide "
@@ -319,7 +350,24 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         check_pipeline(experiment)
         experiment = replace(experiment, pipeline=divided(experiment))
     experiment.rules()
+    if training and experiment.distill.teacher:
+        experiment = replace(experiment, teacher=read_teacher(config, experiment, device_count))
     return experiment
+
+
+def read_teacher(config: ConfigDict, student: Experiment, device_count: int) -> Experiment:
+    """The teacher on the student's data and mesh.
+
+    Raises:
+      ValueError: there is none, or it cannot teach this student on this mesh.
+    """
+    given = teacher_config(config)
+    try:
+        teacher = read_experiment(given, device_count, training=False)
+    except ValueError as error:
+        raise ValueError(f"config.distill.teacher = '{config.distill.teacher}': {error}") from error
+    check_teacher(student, teacher)
+    return teacher
 
 
 def read_model(config: ConfigDict) -> ModelConfig:

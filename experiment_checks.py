@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 
 from models.config import ModelConfig
 from models.part_costs import part_costs
+from models.weights import model_weights
 from parallel.pipeline import PipelineConfig
+from training.low_rank import smaller_side
+from training.matrices import orthogonalises
+from training.optim import SCALES
 
 if TYPE_CHECKING:
     from experiment import Experiment
@@ -59,6 +63,30 @@ def check_pipeline(experiment: Experiment) -> None:
             f"config.remat.offload = {list(experiment.remat.offload)}: not built for "
             f"config.mesh.pipe = {experiment.mesh.pipe}; name them in config.remat.save, or set "
             f"the pipe axis to 1"
+        )
+
+
+def check_optimizer(experiment: Experiment) -> None:
+    """Refuses an optimizer that these parameters have no use for.
+
+    Raises:
+      ValueError: naming the key, its value and what would be right.
+    """
+    optimizer, params = experiment.optimizer, experiment.precision.params
+    if optimizer.stochastic_rounding and params != "bfloat16":
+        raise ValueError(
+            f"config.optimizer.stochastic_rounding = True: parameters in {params} are rounded to "
+            f"the nearest; set config.precision.params to 'bfloat16', or this to False"
+        )
+    if optimizer.name not in SCALES:
+        return
+    block, outside = model_weights(experiment.model)
+    sides = [smaller_side(w.axes, w.shape) for w in (*block, *outside) if orthogonalises(w.axes)]
+    if max(sides, default=0) <= optimizer.rank:
+        raise ValueError(
+            f"config.optimizer.rank = {optimizer.rank}: no matrix is larger, the largest smaller "
+            f"side of one is {max(sides, default=0)}; choose a rank below it, or "
+            f"config.optimizer.name = 'adamw'"
         )
 
 

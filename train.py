@@ -11,7 +11,6 @@ The workdir gets `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def train(config: Any, workdir: Path) -> None:
     """Config, mesh, data, state, step, loop."""
     import jax
 
-    from before_run import check_same_data, initial_params
+    from before_run import check_same_inputs, initial_params
     from config_border import check_same_run, has_config, read_config, write_config
     from config_types import plain
     from data.loader import device_batches, local_rows
@@ -40,7 +39,9 @@ def train(config: Any, workdir: Path) -> None:
     from models.flops import flops_per_token
     from parallel.compilation import keep_compiled, safe_compilation
     from parallel.mesh import make_mesh
+    from teacher import open_teacher
     from training.checkpoint import Checkpoints
+    from training.compiled_step import CompiledStep
     from training.evaluation import COUNTS, evaluate, make_eval_step
     from training.metrics import Metrics
     from training.optim import make_optimizer
@@ -78,12 +79,18 @@ def train(config: Any, workdir: Path) -> None:
         rows = local_rows(mesh, spec, experiment.data.batch_size)
         say(str(data.summary))
 
+        # --- Teacher --------------------------------------------------------------------------
+        teacher = open_teacher(config, experiment, model, data.tokenizer, mesh)
+        fingerprints = {"data": data.summary.fingerprint, "teacher": teacher.fingerprint}
+        if teacher.line:
+            say(teacher.line)
+
         # --- State: restored, read from config.init_from, or drawn from the seed --------------
         start, state = 0, None
         if checkpoints.latest() is not None:
             abstract = abstract_state(model, optimizer, experiment.precision, mesh)
             start, state = checkpoints.restore(None, abstract)
-            check_same_data(checkpoints.metadata(start)["data"], data.summary.fingerprint, workdir)
+            check_same_inputs(checkpoints.metadata(start), fingerprints, config, workdir)
             say(f"continuing from step {start}")
         else:
             state = create_state(
@@ -106,21 +113,10 @@ def train(config: Any, workdir: Path) -> None:
             seed=experiment.seed,
             micro_steps=experiment.micro_steps,
             sparsity=sparsity,
+            stochastic=experiment.optimizer.stochastic_rounding,
+            distillation=teacher.distillation,
         )
         jitted = jax.jit(step_fn, donate_argnums=0, compiler_options=safe_compilation())
-        compiled: dict[Any, Callable[..., Any]] = {}  # by shapes: one, or one a bucket
-
-        def run_step(state: Any, batch: dict[str, jax.Array]) -> Any:
-            shapes = tuple(array.shape for array in batch.values())
-            if shapes not in compiled:
-                with metrics.paused():  # not a step's time
-                    since = time.perf_counter()
-                    compiled[shapes] = jitted.lower(state, batch).compile()
-                    mib = watch.compiled(compiled[shapes], batch) / 2**20
-                    seconds = time.perf_counter() - since
-                    say(f"step compiled in {seconds:.1f} s: {mib:,.0f} MiB per device")
-            return compiled[shapes](state, batch)
-
         eval_step = jax.jit(
             make_eval_step(model, experiment.precision, data.tokenizer.token_bytes()),
             compiler_options=safe_compilation(),
@@ -144,6 +140,7 @@ def train(config: Any, workdir: Path) -> None:
             run_config=plain(config),
             watch=watch.row,
         )
+        run_step = CompiledStep(jitted, metrics.paused, watch.compiled, say)
         every, eval_every = experiment.checkpoint.every, experiment.eval.every
         if start >= settings.steps:
             say(f"nothing to do: config.train.steps is {settings.steps}")
@@ -156,7 +153,7 @@ def train(config: Any, workdir: Path) -> None:
         ):
             batches = device_batches(loader, mesh, spec)
             for step in range(start + 1, settings.steps + 1):
-                state, measured = run_step(state, next(batches))
+                state, measured = run_step(state, next(batches), *teacher.arguments)
                 metrics.push(step, measured)
                 watch.after(step)
                 stopping, done = stop.requested(step), step == settings.steps
@@ -170,8 +167,8 @@ def train(config: Any, workdir: Path) -> None:
                 # The row comes first, so that a kill in between loses neither; and steps that are
                 # skipped push no good checkpoint out.
                 if saving and (metrics.flush() or done or stopping):
-                    kept = {"data": data.summary.fingerprint, "config": plain(config)}
-                    checkpoints.save(step, state, kept | {"metrics": held_out})
+                    kept = {"config": plain(config), "metrics": held_out}
+                    checkpoints.save(step, state, fingerprints | kept)
                 if done:
                     say(f"on held-out files: {format_result(held_out)}")
                 if stopping:

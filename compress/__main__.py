@@ -2,6 +2,7 @@
 
     python -m compress quantize --workdir=runs/dense --out=runs/int8 --form=int8
     python -m compress quantize --workdir=runs/dense --out=runs/int4 --form=int4:128 --method=gptq
+    python -m compress factorize --workdir=runs/dense --out=runs/thin --keep=0.7
 
 `python -m compress METHOD --help` lists the flags of one. docs/compression.md tells which to take.
 """
@@ -31,10 +32,16 @@ class Method:
 
 def methods() -> dict[str, Method]:
     """All of them by name."""
-    from compress_quantize import FLAGS, main
+    import compress_factorize
+    import compress_quantize
 
     return {
-        "quantize": Method(main, FLAGS, "Weights as codes and scales (docs/quantization.md)."),
+        "quantize": Method(
+            compress_quantize.main, compress_quantize.FLAGS, "Weights as codes and scales."
+        ),
+        "factorize": Method(
+            compress_factorize.main, compress_factorize.FLAGS, "Weights as two factors each."
+        ),
     }
 
 

@@ -78,8 +78,11 @@ def candidates(
     return found
 
 
-def mixed(found: Candidates, bits: float) -> dict[str, list[Form]]:
+def mixed(found: Candidates, bits: float, flag: str = "bits") -> dict[str, list[Form]]:
     """The form of every layer, at most `bits` a weight in all.
+
+    Args:
+      flag: of the command line, "bits" or "keep" (a part of 32 bits), for the message.
 
     Raises:
       ValueError: even the smallest forms have more.
@@ -89,9 +92,10 @@ def mixed(found: Candidates, bits: float) -> dict[str, list[Form]]:
     weights = sum(found[name][i][0].weights for name, i in places)
     spent, taken = sum(hull[0].bits for hull in hulls), [0] * len(hulls)
     if spent > bits * weights:
+        unit = 32 if flag == "keep" else 1
         raise ValueError(
-            f"--bits={bits}: the smallest forms of --mix have {spent / weights:.3f} bits a weight; "
-            f"give at least that"
+            f"--{flag}={bits / unit:g}: the smallest forms make {spent / weights / unit:.3f}; give "
+            f"at least that"
         )
     steps = [
         (_slope(a, b), place, step)

@@ -32,6 +32,7 @@ class Result:
         self.shapes = {name: tuple(a.shape) for name, a in named(params).items()}
         self._nodes: dict[str, dict[int, Any]] = {}
         self._forms: dict[str, dict[int, Form]] = {}
+        self._arrays: dict[str, np.ndarray] = {}
 
     def layers(self, name: str) -> int:
         """How many a weight has; 1 outside of stacks."""
@@ -46,6 +47,10 @@ class Result:
         self._nodes.setdefault(name, {})[layer] = jax.tree.map(np.asarray, node)
         self._forms.setdefault(name, {})[layer] = form or Form("none")
 
+    def put_array(self, name: str, array: np.ndarray) -> None:
+        """What a weight becomes as a whole, of another shape than it had or new."""
+        self._arrays[name] = array
+
     def forms(self) -> dict[str, str]:
         """`config.weights.forms` of the result."""
         return {
@@ -53,6 +58,10 @@ class Result:
             for name in self._nodes
             if any(form.kind != "none" for form in self._forms_of(name))
         }
+
+    def nodes(self) -> dict[str, list[Any]]:
+        """What each changed weight becomes, layer by layer, on the host."""
+        return {n: [own[i] for i in range(self.layers(n))] for n, own in self._nodes.items()}
 
     def finished(self, compressed: Model, mesh: jax.sharding.Mesh) -> Tree:
         """The parameters of the model that `forms` gives, at rest.
@@ -68,7 +77,9 @@ class Result:
             node = forms.joined(layers, self.matrix(name), np.stack) if stacked else layers[0]
             tree[name].delete()
             tree[name] = jax.tree.map(self._placed(compressed, mesh), node, own)
-        return nested(tree)
+        for name, array in self._arrays.items():
+            tree[name] = self._placed(compressed, mesh)(array, _branch(compressed.axes, name))
+        return jax.tree.map(lambda _, own: own, compressed.axes, nested(tree))
 
     def _placed(self, model: Model, mesh: jax.sharding.Mesh) -> Callable[[Any, str], jax.Array]:
         def put(array: np.ndarray, names: str) -> jax.Array:

@@ -84,7 +84,7 @@ def walk(model: Model, params: Tree, batches: Sequence[Batch], visit: Visit | No
     """Runs calibration text through the layers, and `visit` at each.
 
     Args:
-      model: without rematerialisation and stages.
+      model: without stages, and with the policy `parallel.remat.FORWARD`.
       params: master parameters at rest; call it under the mesh.
       batches: with `tokens` and whatever the family reads.
       visit: a layer -> its weights as they are to be run with, by name; those that are left out

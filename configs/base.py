@@ -170,7 +170,8 @@ def get_config() -> ConfigDict:
     data.cache = ""  # folder for tokenised text; empty: in the workdir
 
     config.optimizer = optimizer = ConfigDict()  # training/optim.py
-    optimizer.name = "adamw"  # adamw | adafactor | lion | muon | sgd
+    optimizer.name = "adamw"  # adamw | adafactor | lion | muon | sgd | and with less state
+    #                           adamw8bit | adamw4bit | galore | apollo; docs/optimizers.md
     optimizer.learning_rate = 1e-3  # at its highest
     optimizer.warmup_steps = 100
     optimizer.schedule = "cosine"  # cosine | wsd | constant
@@ -183,6 +184,12 @@ def get_config() -> ConfigDict:
     optimizer.momentum = 0.9  # sgd and muon
     optimizer.offload = False  # optimizer state in host memory, streamed layer by layer
     optimizer.frozen = ()  # patterns of parameters that stay as they are: ("embedding", "stack/*")
+    optimizer.rank = (
+        128  # galore and apollo: of the moments of matrices; apollo with 1: APOLLO-Mini
+    )
+    optimizer.refresh = 200  # galore and apollo: updates after which the projection changes
+    optimizer.projection_scale = 0.0  # factor of their updates; 0: 0.25, 1, APOLLO-Mini 128 ** 0.5
+    optimizer.stochastic_rounding = False  # with precision.params bfloat16: small updates add up
     optimizer.clip_norm = 1.0  # gradients with a larger global norm are scaled down to it; 0: off
 
     config.sparsity = sparsity = ConfigDict()  # training/sparsity.py; docs/pruning.md
@@ -206,6 +213,17 @@ def get_config() -> ConfigDict:
     config.loss = loss = ConfigDict()  # training/losses.py
     loss.chunk = 1024  # tokens per device whose logits exist at one time
     loss.z_loss = 0.0  # weight of the squared log of the softmax's sum; 0: off
+
+    config.distill = distill = ConfigDict()  # training/distill.py; docs/distillation.md
+    distill.teacher = ""  # workdir of a run, or a folder of Hugging Face, to learn from; empty: off
+    distill.teacher_step = 0  # of that run; 0: the newest
+    distill.teacher_compute = ""  # float32 | bfloat16: its parameters and forward pass; empty: as
+    #                               precision.compute
+    distill.kind = "forward"  # forward: KL(teacher || student) | reverse: KL(student || teacher)
+    distill.temperature = 1.0  # logits of both are divided by it, the divergence times its square
+    distill.weight = 0.5  # of the divergence; the rest, to 1, is the cross-entropy's
+    distill.hidden_weight = 0.0  # of the squared difference of residual streams; 0: off
+    distill.layers = ()  # after which ones, student:teacher: ("2:4", "4:8"); (): the last of both
 
     config.train = train = ConfigDict()  # train.py
     train.steps = 1000  # in all; a run that is continued goes on up to it

@@ -66,7 +66,8 @@ def lower_step(job: Job, devices: list[Any]) -> jax.stages.Lowered:
         batch = abstract_batch(job.batch_arrays, job.batch_size, job.rules, mesh)
         # Abstract: the GPUs of a topology know no kinds of memory, and shardings would forget them.
         state = abstract_state(model, optimizer, job.precision, mesh.abstract_mesh)
-        return jax.jit(step, donate_argnums=0).lower(state, batch)
+        teacher = job.teacher_params(mesh.abstract_mesh)
+        return jax.jit(step, donate_argnums=0).lower(state, batch, *teacher)
 
 
 def compile_step(job: Job, target: Target) -> Compiled:

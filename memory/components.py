@@ -28,12 +28,13 @@ COMPONENTS = (
     "embedding",
     "collectives",
     "batch",
+    "teacher",
     "other",
 )
 # The first that matches any frame, in this order; what is left of a model is its residual stream.
 FILES = (
     ("optimizer", re.compile(r"training/(optim|offload|matrices|schedules)\.py|/optax/")),
-    ("loss head", re.compile(r"training/(losses|classification)\.py")),
+    ("loss head", re.compile(r"training/(losses|loss_chunks|distill_loss|classification)\.py")),
     ("attention", re.compile(r"models/(\w*attention|masks|\w*positions|projections)\.py")),
     ("feed-forward", re.compile(r"models/feed_forward\.py")),
     (
@@ -43,6 +44,7 @@ FILES = (
         ),
     ),
 )
+HEAD = FILES[1][1]
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = re.compile(r"site-packages|/parallel/|^<")
 LOOP = re.compile(
@@ -119,9 +121,11 @@ def _component(module: Module, trail: _Trail, best: Instruction) -> str:
     if stacked is not None and _over_layers(module.stack(stacked)):
         return "gradients" if backward else "activations"
     if re.search(r"\bparams\b", trail.argument):
-        if any("training/losses" in file for file in files):
+        if any(HEAD.search(file) for file in files):
             return "loss head"
         return "gathered weights" if trail.gathered else "weights in compute dtype"
+    if trail.argument.startswith("teacher"):
+        return "teacher"
     if re.search(r"\bopt", trail.argument):
         return "optimizer"
     if trail.argument.startswith("batch"):

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
+
+import jax
 
 from data.objective import ObjectiveConfig
 from models.beside import beside_length, encoder_beside
 from models.config import ModelConfig
 from models.flops import attention_flops_per_token, flops_per_token
 from models.part_costs import part_costs
+from parallel.footprint import Weight
 from parallel.mesh import PIPE, MeshConfig
 from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
 from parallel.remat import RematConfig
 from parallel.rules import ParallelConfig, Rules
 from training.batch_arrays import BatchArray, batch_arrays
+from training.distill import (
+    Distillation,
+    DistillConfig,
+    Pair,
+    projection_weights,
+    with_projection,
+)
 from training.frozen import freeze
 from training.losses import LossConfig
 from training.objectives import make_model
 from training.optim import Optimizer, OptimizerConfig, make_optimizer
 from training.schedules import make_schedule
 from training.sparsity import SparsityConfig, make_sparsity
-from training.state import Model
+from training.state import Model, placed_params
 from training.step import Step, make_step
+
+NO_TEACHER = DistillConfig()
+NO_PRUNING = SparsityConfig()
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,7 @@ class Job:
       micro_steps: parts that a step's batch is divided into.
       steps: of the run, for the schedule.
       rules: the layout.
+      teacher: what the student learns from, as a job of the same micro-steps.
     """
 
     model: ModelConfig
@@ -54,7 +69,9 @@ class Job:
     rules: Rules
     pipeline: PipelineConfig | None = None
     source_length: int = 0
-    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    sparsity: SparsityConfig = NO_PRUNING
+    distill: DistillConfig = NO_TEACHER
+    teacher: Job | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -129,22 +146,67 @@ class Job:
             rules=rules,
         )
 
-    def build(self) -> tuple[Model, Optimizer, Step]:
-        """Model, optimizer and step as pure functions; call it inside `jax.set_mesh`."""
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Layers that are matched with the teacher's."""
+        teacher = self.teacher
+        return (
+            () if teacher is None else self.distill.pairs(self.model.layers, teacher.model.layers)
+        )
+
+    @property
+    def projection(self) -> list[Weight]:
+        """The weight that only training with a teacher of another width has."""
+        if self.teacher is None:
+            return []
+        return projection_weights(self.distill, self.model.embed_dim, self.teacher.model.embed_dim)
+
+    def build_model(self) -> Model:
+        """The model as pure functions; call it inside `jax.set_mesh`."""
         model = make_model(
             self.model, self.objective, self.loss, self.rules, self.remat, self.pipeline
         )
         model = freeze(model, self.optimizer.frozen)
+        if self.teacher is None:
+            return model
+        widths = self.model.embed_dim, self.teacher.model.embed_dim
+        return with_projection(model, self.distill, *widths)
+
+    def teacher_params(
+        self, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+    ) -> tuple[Any, ...]:
+        """What the step takes beside state and batch, as shapes with shardings."""
+        teacher = self.teacher
+        if teacher is None:
+            return ()
+        return (placed_params(teacher.build_model(), teacher.precision, mesh),)
+
+    def build(self) -> tuple[Model, Optimizer, Step]:
+        """Model, optimizer and step as pure functions; call it inside `jax.set_mesh`."""
+        model, teacher, told = self.build_model(), self.teacher, None
+        if teacher is not None:
+            told = Distillation(
+                self.distill,
+                model,
+                teacher.build_model(),
+                teacher.precision.compute,
+                self.pairs,
+                self.model.vocab_size,
+                self.loss,
+            )
         sparsity = make_sparsity(self.sparsity, model)
         trained = model.trained(model.axes)
         optimizer = make_optimizer(self.optimizer, self.steps, trained, sparsity.names)
+        schedule = make_schedule(self.optimizer, self.steps)
         step = make_step(
             model,
             optimizer,
-            make_schedule(self.optimizer, self.steps),
+            schedule,
             self.precision,
             seed=0,
             micro_steps=self.micro_steps,
+            stochastic=self.optimizer.stochastic_rounding,
+            distillation=told,
             sparsity=sparsity,
         )
         return model, optimizer, step

@@ -12,7 +12,11 @@ from memory.job import Job
 from parallel.compilation import safe_compilation
 from parallel.mesh import make_mesh
 from training.batch_arrays import random_batch
-from training.state import create_state
+from training.state import create_state, drawn_params
+
+
+def _drawn(teacher: Job) -> Any:
+    return drawn_params(teacher.build_model(), teacher.precision, 1)
 
 
 def measure_step(job: Job, *, steps: int = 5) -> dict[str, Any]:
@@ -31,11 +35,13 @@ def measure_step(job: Job, *, steps: int = 5) -> dict[str, Any]:
         model, optimizer, step = job.build()
         state = create_state(model, optimizer, job.precision, 0, mesh)
         batch = random_batch(job.batch_arrays, job.batch_size, job.rules, mesh)
-        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile(safe_compilation())
+        taught = [] if job.teacher is None else [_drawn(job.teacher)]
+        jitted = jax.jit(step, donate_argnums=0)
+        compiled = jitted.lower(state, batch, *taught).compile(safe_compilation())
         seconds = []
         for _ in range(steps + 2):
             since = time.perf_counter()
-            state, metrics = compiled(state, batch)
+            state, metrics = compiled(state, batch, *taught)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - since)
     stats = [device.memory_stats() or {} for device in jax.local_devices()]

@@ -7,6 +7,7 @@
     encoder     beside a decoder: its forward pass, beside buffers of what the layers will keep, and
                 its backward pass, after all layers that read it
     update      gradients and what the optimizer makes of them
+    teacher     the forward pass of a teacher, before all others (memory/taught.py)
 
 What the compiler adds has one factor a term and platform, fitted on compiled programs
 (`memory/constants.py`).
@@ -15,6 +16,7 @@ What the compiler adds has one factor a term and platform, fitted on compiled pr
 from __future__ import annotations
 
 from memory.constants import Constants
+from memory.taught import lesson, taught_head, taught_phases
 from memory.terms import Terms
 
 Parts = dict[str, int]
@@ -40,6 +42,7 @@ def phases(terms: Terms, k: Constants) -> dict[str, Parts]:
         "loss": kept
         | early
         | loss_head(terms, k)
+        | lesson(terms)
         | {"hidden states": int(k.loss_narrow * terms.narrow)},
         "backward": kept | filling | one_layer(terms, k),
         "embedding": always
@@ -53,6 +56,7 @@ def phases(terms: Terms, k: Constants) -> dict[str, Parts]:
             "update": int(k.update * terms.master),
         },
     }
+    found |= taught_phases(terms)
     encoder = terms.encoder
     if encoder is not None:
         if not terms.frozen.beside:
@@ -128,6 +132,7 @@ def loss_head(terms: Terms, k: Constants) -> Parts:
         "loss head: logits": int(k.logits * (4 + terms.product_item) * logits),
         "loss head: saved": terms.head_saved,
     }
+    parts |= taught_head(terms, k, rows)
     if chunks > 1:
         parts["loss head: gradient of the table"] = int(k.logits * 4 * terms.table)
     if job.parallel.zero >= 2 and job.sizes["fsdp"] > 1:

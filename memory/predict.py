@@ -14,6 +14,7 @@ from memory.job import Job
 from memory.phases import phases
 from memory.stage_phases import stage_phases
 from memory.stages import Stages
+from memory.taught import teacher_bytes
 from memory.terms import Terms
 from parallel.chips import Chip
 
@@ -27,7 +28,7 @@ class Prediction:
     Attributes:
       components: component -> bytes, of the state and of the phase that needs most.
       phases: phase -> bytes of its temporaries.
-      arguments: state and batch.
+      arguments: state, batch and a teacher's parameters.
       host_bytes: what is offloaded, in the memory of the host.
     """
 
@@ -67,6 +68,7 @@ def prediction_of(terms: Terms, constants: Constants) -> Prediction:
     for name, (stacked, outside) in terms.moments.items():
         components[f"optimizer: {name}"] = outside if terms.offloaded_state else stacked + outside
     components["batch"] = terms.batch
+    components |= {"teacher": teacher_bytes(terms)} if terms.teacher is not None else {}
     arguments = sum(components.values())
     components |= {name: size for name, size in temporaries.items() if size}
     offloaded = terms.offloaded_state + sum(terms.offloaded.values())

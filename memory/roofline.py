@@ -124,10 +124,13 @@ def model_flops(job: Job) -> float:
 
 
 def flops(job: Job, terms: Terms) -> float:
-    """All FLOPs on one device in a step: repeated ones, and those on slots without tokens."""
+    """All FLOPs on one device in a step: repeated ones, those on slots without tokens, and those of
+    a teacher.
+    """
     share = stream_share(job.model, job.sequence_length)
     empty = empty_slots(job.model, job.stream_length) * share
-    return model_flops(job) * (1 + recomputed(job, terms) + empty / job.flops_per_token)
+    taught = 0.0 if job.teacher is None else model_flops(job.teacher) / 3  # forward alone
+    return model_flops(job) * (1 + recomputed(job, terms) + empty / job.flops_per_token) + taught
 
 
 def kept_names(job: Job) -> set[str]:

@@ -106,6 +106,11 @@ class Terms:
         return None if job is None else Terms(job, self.chip)
 
     @cached_property
+    def teacher(self) -> Terms | None:
+        """The terms of the teacher, if there is one, as those of a model that is evaluated."""
+        return None if self.job.teacher is None else Terms(self.job.teacher, self.chip)
+
+    @cached_property
     def block(self) -> list[Weight]:
         """The weights of one layer."""
         return model_weights(self.job.model)[0]
@@ -113,7 +118,7 @@ class Terms:
     @cached_property
     def weights(self) -> tuple[list[Weight], list[Weight]]:
         """Of all blocks stacked, and of what stands outside the stack."""
-        model, outside = self.job.model, model_weights(self.job.model)[1]
+        model, outside = self.job.model, model_weights(self.job.model)[1] + self.job.projection
         return [weight.stacked(model.blocks, model.stack) for weight in self.block], outside
 
     @cached_property
@@ -189,9 +194,8 @@ class Terms:
     @cached_property
     def moments(self) -> dict[str, tuple[int, int]]:
         """Moment -> (bytes of the stacked weights, bytes of the others)."""
-        item = ITEM[self.job.precision.params]
         of = [moments(self.job, ws, lambda w: self.laid_out(w, "at_rest")) for ws in self.trained]
-        return {name: (of[0][name] * item, of[1][name] * item) for name in of[0]}
+        return {name: (of[0][name], of[1][name]) for name in of[0]}
 
     @cached_property
     def offloaded_state(self) -> int:

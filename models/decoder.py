@@ -19,6 +19,7 @@ from models.layers import dropout, norm_weights
 from models.relative_positions import RelativePositions, relative_weights
 from models.router import router_sums
 from models.rows import Rows, rows_of
+from models.states import run_and_keep
 from models.tables import TokenTables, table_weights
 from parallel.footprint import Weight
 from parallel.remat import RematConfig
@@ -70,14 +71,31 @@ class Decoder(TokenTables):
         Returns:
           x_BTD, and those losses' float32 sums, weighted by `weights_BT`: means over layers.
         """
+        return self.run_and_keep(x_BTD, batch, key, first, weights_BT)[:2]
+
+    def run_and_keep(
+        self,
+        x_BTD: jax.Array,
+        batch: Mapping[str, jax.Array],
+        key: jax.Array | None = None,
+        first: int | jax.Array | None = None,
+        weights_BT: jax.Array | None = None,
+        after: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, dict[str, jax.Array], tuple[jax.Array, ...]]:
+        """The same, and the residual streams of the batch's tokens `after` so many layers."""
         rows = rows_of(batch, weights_BT)
         if self.relative is not None:
             rows = rows._replace(bias=self.relative.bias(x_BTD.shape[1]))
-        return self.run_rows(x_BTD, rows, key, first)
+        return self.run_rows(x_BTD, rows, key, first, after)
 
     def run_rows(
-        self, x_BTD: jax.Array, rows: Rows, key: jax.Array | None, first: int | jax.Array | None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self,
+        x_BTD: jax.Array,
+        rows: Rows,
+        key: jax.Array | None,
+        first: int | jax.Array | None,
+        after: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, dict[str, jax.Array], tuple[jax.Array, ...]]:
         """The same, for rows that are complete."""
         Carry = tuple[jax.Array, dict[str, jax.Array]]
 
@@ -88,7 +106,11 @@ class Decoder(TokenTables):
 
         names = () if rows.weights is None else router_sums(self.config.experts)
         start = x_BTD, {name: jnp.float32(0) for name in names}
-        return self.stack.run(apply, start, _keys(key)[1], first)
+        stream = lambda carry: carry[0]
+        (x_BTD, sums), states = run_and_keep(
+            self.stack, apply, start, _keys(key)[1], first, after, stream
+        )
+        return x_BTD, sums, states
 
     def finish(self, x_BTD: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Hidden features, of the residual stream after the last block."""

@@ -24,6 +24,7 @@ from models.layers import (
 )
 from models.relative_positions import RelativePositions, relative_weights
 from models.rows import rows_of
+from models.states import run_and_keep
 from models.tables import TokenTables, table_weights, take
 from parallel.footprint import Activation, Weight
 from parallel.remat import RematConfig
@@ -99,6 +100,17 @@ class Encoder(TokenTables):
         first: int | jax.Array | None = None,
     ) -> jax.Array:
         """The residual stream after all blocks, or those of a stage's unit: see `Stack.run`."""
+        return self.run_and_keep(x_BTD, batch, key, first)[0]
+
+    def run_and_keep(
+        self,
+        x_BTD: jax.Array,
+        batch: Mapping[str, jax.Array],
+        key: jax.Array | None = None,
+        first: int | jax.Array | None = None,
+        after: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """The same, and the residual streams `after` so many layers."""
         rows = rows_of(batch)
         if self.relative is not None:
             rows = rows._replace(bias=self.relative.bias(x_BTD.shape[1]))
@@ -107,8 +119,8 @@ class Encoder(TokenTables):
             return block(x_BTD, rows, key, local=kind == "local")[0]
 
         blocks_key = None if key is None else jax.random.split(key)[1]
-        out_BTD: jax.Array = self.stack.run(apply, x_BTD, blocks_key, first)
-        return out_BTD
+        stream = lambda x_BTD: x_BTD
+        return run_and_keep(self.stack, apply, x_BTD, blocks_key, first, after, stream)
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """The residual stream after the final norm, of that after the last block."""

@@ -37,22 +37,23 @@ class MemoryDecoder(Decoder):
         features_BSD = self.features(batch, features_key)
         return joined_rows(features_BSD, super().embed(batch, key), self.rules)
 
-    def run_blocks(
+    def run_and_keep(
         self,
         x_BTD: jax.Array,
         batch: Mapping[str, jax.Array],
         key: jax.Array | None = None,
         first: int | jax.Array | None = None,
         weights_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """As `Decoder.run_blocks`, of both parts of the stream."""
+        after: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, dict[str, jax.Array], tuple[jax.Array, ...]]:
+        """As `Decoder.run_and_keep`, of both parts of the stream."""
         features_BSD, x_BTD = self._parts(x_BTD, batch)
         rows = rows_of(batch, weights_BT)
         rows = rows._replace(memory=Memory(features_BSD, self.segments(batch)))
         if self.relative is not None:
             rows = rows._replace(bias=self.relative.bias(x_BTD.shape[1]))
-        x_BTD, sums = self.run_rows(x_BTD, rows, key, first)
-        return joined_rows(features_BSD, x_BTD, self.rules), sums
+        x_BTD, sums, states = self.run_rows(x_BTD, rows, key, first, after)
+        return joined_rows(features_BSD, x_BTD, self.rules), sums, states
 
     def finish(self, x_BTD: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Hidden features of the tokens."""

@@ -118,23 +118,30 @@ class VisionLanguage(Decoder):
         x_BTD = self.add_positions(x_BTD, self.in_stream(batch)["positions"])
         return dropout(x_BTD, config.dropout, text_key, rules, RESIDUAL)
 
-    def run_blocks(
+    def run_and_keep(
         self,
         x_BTD: jax.Array,
         batch: Mapping[str, jax.Array],
         key: jax.Array | None = None,
         first: int | jax.Array | None = None,
         weights_BT: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """As `Decoder.run_blocks`, of the whole stream."""
+        after: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, dict[str, jax.Array], tuple[jax.Array, ...]]:
+        """As `Decoder.run_and_keep`, of the whole stream; the states are the text's."""
         if weights_BT is not None:  # no token of an image counts
             weights_BT = self._before(weights_BT, jnp.zeros)
-        return super().run_blocks(x_BTD, self.in_stream(batch), key, first, weights_BT)
+        stream = self.in_stream(batch)
+        x_BTD, sums, states = super().run_and_keep(x_BTD, stream, key, first, weights_BT, after)
+        return x_BTD, sums, tuple(map(self._text, states))
 
     def finish(self, x_BTD: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Hidden features of the text, of the residual stream after the last block."""
+        return super().finish(self._text(x_BTD), batch)
+
+    def _text(self, x_BTD: jax.Array) -> jax.Array:
+        """The text's part of a residual stream."""
         x_BTD = jax.reshard(x_BTD, self.rules.spec(WHOLE))[:, self.config.image_tokens :]
-        return super().finish(jax.reshard(x_BTD, self.rules.spec(RESIDUAL)), batch)
+        return jax.reshard(x_BTD, self.rules.spec(RESIDUAL))
 
     def in_stream(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """Segments and positions of the whole stream, and its prefix: the image."""

@@ -76,6 +76,8 @@ PRESETS: dict[str, tuple[str, ...] | None] = {
     "attention": tuple(n for n in NAMES if n not in CORE + CROSS_CORE),
 }
 
+FORWARD = "forward"  # the policy of a model that is never differentiated: no policy at all
+
 
 @dataclass(frozen=True)
 class RematConfig:
@@ -92,7 +94,7 @@ class RematConfig:
     offload: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.policy not in (*PRESETS, "custom"):
+        if self.policy not in (*PRESETS, "custom", FORWARD):
             choices = ", ".join((*PRESETS, "custom"))
             raise ValueError(f"config.remat.policy = {self.policy!r}: choose one of {choices}")
         for key in ("save", "offload"):
@@ -135,6 +137,8 @@ def remat(
     they are then cut out again for the backward pass: kept, they would be a second copy of all.
     """
     policy: Callable[..., Any]
+    if config.policy == FORWARD:
+        return block
     if config.policy == "none":
         if not slices:
             return block

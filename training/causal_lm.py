@@ -11,6 +11,7 @@ from parallel.cut import Cut
 from parallel.pipeline import PipelineConfig
 from parallel.remat import RematConfig
 from parallel.rules import Rules
+from training.features import Features, predictor
 from training.functional import functional
 from training.losses import LossConfig
 from training.micro_batches import Batch, Weights
@@ -47,15 +48,29 @@ def next_token(
         return kind(config, rules, remat, nnx.Rngs(params=key))
 
     def head_loss(model: Decoder, hidden_BTD: jax.Array, batch: Batch, weights: Weights) -> Sums:
-        features_BTD = model.to_head(hidden_BTD)
-        return token_loss(model.head(), features_BTD, batch, weights, config, loss, rules)
+        head = predictor(model.head(), model.to_head(hidden_BTD), config.logit_softcap)
+        return token_loss(head, batch, weights, config, loss, rules)
+
+    def features(
+        model: Decoder,
+        batch: Batch,
+        weights: Weights | None,
+        key: jax.Array | None,
+        after: tuple[int, ...] = (),
+    ) -> Features:
+        weights_BT = None if weights is None else weights.tokens_BT
+        x_BTD, router_sums, states = model.run_and_keep(
+            model.embed(batch, key), batch, key, None, weights_BT, after
+        )
+        features_BTD = model.to_head(model.finish(x_BTD, batch))
+        head = predictor(model.head(), features_BTD, config.logit_softcap)
+        return Features(head, states, None, router_sums)
 
     def whole(model: Decoder, batch: Batch, weights: Weights, key: jax.Array | None) -> Sums:
-        x_BTD, router_sums = model.run_blocks(
-            model.embed(batch, key), batch, key, weights_BT=weights.tokens_BT
+        forward = features(model, batch, weights, key)
+        return forward.completed(
+            *token_loss(forward.predictor, batch, weights, config, loss, rules)
         )
-        total, sums = head_loss(model, model.finish(x_BTD, batch), batch, weights)
-        return total, sums | router_sums
 
     def blocks(
         model: Decoder,
@@ -68,8 +83,8 @@ def next_token(
         return model.run_blocks(x_BTD, batch, key, first, weights.tokens_BT)[0]
 
     def scores(model: Decoder, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        features_BTD = model.to_head(model(batch))
-        return score_tokens(model.head(), features_BTD, batch["targets"], config, loss, rules)
+        head = predictor(model.head(), model.to_head(model(batch)), config.logit_softcap)
+        return score_tokens(head, batch["targets"], config, loss, rules)
 
     cut = Cut(
         embed=lambda model, *args: model.embed(*args),
@@ -80,4 +95,4 @@ def next_token(
         layers=config.layers,
         period=len(config.pattern),
     )
-    return functional(build, rules, whole, cut, pipeline, scores)
+    return functional(build, rules, whole, cut, pipeline, scores, features)

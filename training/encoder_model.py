@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from models.config import ModelConfig
@@ -13,6 +12,7 @@ from parallel.pipeline import PipelineConfig
 from parallel.remat import RematConfig
 from parallel.rules import Rules
 from training.classification import tasks_loss
+from training.features import Features, predictor
 from training.functional import functional
 from training.losses import LossConfig
 from training.micro_batches import Batch, Weights
@@ -39,22 +39,40 @@ def encoder_model(
     def build(key: jax.Array) -> EncoderWithHeads:
         return EncoderWithHeads(config, rules, remat, nnx.Rngs(params=key))
 
+    def heads(
+        model: EncoderWithHeads,
+        x_BTD: jax.Array,
+        batch: Batch,
+        weights: Weights | None,
+        states: tuple[jax.Array, ...] = (),
+    ) -> Features:
+        """What the token head multiplies, and the loss of tasks where there are weights."""
+        x_BTD = model.finish(x_BTD)
+        head = predictor(model.head(), model.token_features(x_BTD), config.logit_softcap)
+        if weights is None or not config.tasks:
+            return Features(head, states, None, {})
+        labelled, sums = tasks_loss(model.task_logits(x_BTD), batch, weights.rows_B)
+        return Features(head, states, labelled * task_weight, sums)
+
     def heads_loss(
         model: EncoderWithHeads, x_BTD: jax.Array, batch: Batch, weights: Weights
     ) -> Sums:
-        x_BTD = model.finish(x_BTD)
-        total: jax.Array = jnp.float32(0)
-        sums: dict[str, jax.Array] = {}
-        if config.token_head:
-            features_BTD = model.token_features(x_BTD)
-            total, sums = token_loss(
-                model.head(), features_BTD, batch, weights, config, loss, rules
-            )
-        if config.tasks:
-            labelled, task_sums = tasks_loss(model.task_logits(x_BTD), batch, weights.rows_B)
-            total += labelled * (task_weight if config.token_head else 1.0)
-            sums |= task_sums
-        return total, sums
+        if not config.token_head:
+            return tasks_loss(model.task_logits(model.finish(x_BTD)), batch, weights.rows_B)
+        forward = heads(model, x_BTD, batch, weights)
+        return forward.completed(
+            *token_loss(forward.predictor, batch, weights, config, loss, rules)
+        )
+
+    def features(
+        model: EncoderWithHeads,
+        batch: Batch,
+        weights: Weights | None,
+        key: jax.Array | None,
+        after: tuple[int, ...] = (),
+    ) -> Features:
+        x_BTD, states = model.run_and_keep(model.embed(batch, key), batch, key, None, after)
+        return heads(model, x_BTD, batch, weights, states)
 
     def whole(
         model: EncoderWithHeads, batch: Batch, weights: Weights, key: jax.Array | None
@@ -79,4 +97,5 @@ def encoder_model(
         layers=config.layers,
         period=len(config.pattern),
     )
-    return functional(build, rules, whole, cut, pipeline)
+    given = features if config.token_head else None
+    return functional(build, rules, whole, cut, pipeline, features=given)

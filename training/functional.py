@@ -13,6 +13,7 @@ from models.stack import logical_axes
 from parallel.cut import Cut
 from parallel.pipeline import PipelineConfig
 from parallel.rules import Rules
+from training.features import Features
 from training.state import Model
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -25,6 +26,7 @@ def functional(
     cut: Cut,
     pipeline: PipelineConfig | None = None,
     scores: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
+    features: Callable[..., Features] | None = None,
 ) -> Model:
     """The `Model` of a module.
 
@@ -35,6 +37,8 @@ def functional(
       cut: the same in parts, each of them a function of the module, too.
       pipeline: how the stages work together.
       scores: (module, batch) -> what each target is worth (`Model.scores`).
+      features: (module, batch, weights, key, layers) -> what its loss is made of
+        (`Model.features`).
     """
     # What is static about the model, without computing anything.
     module = nnx.eval_shape(lambda: build(jax.random.key(0)))
@@ -50,5 +54,7 @@ def functional(
         return lambda params, *args: function(nnx.merge(graph, params), *args)
 
     parts = replace(cut, embed=pure(cut.embed), blocks=pure(cut.blocks), loss=pure(cut.loss))
-    pure_scores = None if scores is None else pure(scores)
-    return Model(init, axes, pure(loss), rules, parts, pipeline, scores=pure_scores)
+    pure_scores, pure_features = (None if f is None else pure(f) for f in (scores, features))
+    return Model(
+        init, axes, pure(loss), rules, parts, pipeline, scores=pure_scores, features=pure_features
+    )

@@ -20,8 +20,8 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from parallel.rules import Rules
-
-MASKED = -1e30  # a padded column's logit: its exponential is zero, and no infinity is subtracted
+from training.features import HeadWeights
+from training.loss_chunks import Chunks, LossHead, psum
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def cross_entropy(
       `nll_sum`, `z_sum` (of the squared log-partition, without `z_loss`), `correct_sum` (tokens
       whose target has the largest logit).
     """
-    head = _Head(rules, vocab_size, table_axes, chunk, softcap, z_loss)
+    head = _Head(rules, vocab_size, table_axes, softcap, chunk, z_loss)
     weights = (table,) if bias is None else (table, bias)
     loss_sum, aux, _ = _cross_entropy(head, hidden_BTD, weights, targets_BT, weights_BT)
     return loss_sum, jax.tree.map(lax.stop_gradient, aux)
@@ -100,35 +100,21 @@ def token_scores(
     softcap: float | None = None,
 ) -> tuple[Array, Array]:
     """Of every token -log p(target) and 1 where no logit is larger, float32 [B, T]; no gradient."""
-    head = _Head(rules, vocab_size, table_axes, chunk, softcap, 0.0)
+    head = _Head(rules, vocab_size, table_axes, softcap, chunk, 0.0)
     weights = (table,) if bias is None else (table, bias)
     ones_BT = jnp.ones(targets_BT.shape, jnp.float32, out_sharding=rules.spec("batch seq"))
     return lax.stop_gradient(_cross_entropy(head, hidden_BTD, weights, targets_BT, ones_BT)[2])
 
 
 Outputs = tuple[Array, dict[str, Array], tuple[Array, Array]]  # loss_sum, aux, (nll_BT, correct_BT)
-HeadWeights = tuple[Array, ...]  # the table, and the bias if there is one
-Extra = list[tuple[int, tuple[str, ...]]]  # dims and mesh axes
 
 
 @dataclass(frozen=True)
-class _Head:
-    """What is static about a loss head."""
+class _Head(LossHead):
+    """What is static about the loss."""
 
-    rules: Rules
-    vocab_size: int
-    table_axes: str
     chunk: int
-    softcap: float | None
     z_loss: float
-
-    @property
-    def vocab_dim(self) -> int:
-        return self.table_axes.replace("->", " ").split().index("vocab")
-
-    def divided(self, name: str) -> tuple[str, ...]:
-        """The mesh axes of a logical name, without those of size one (no collective is needed)."""
-        return tuple(axis for axis in self.rules.axes(name) if self.rules.size((axis,)) > 1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -185,50 +171,23 @@ def _local(
 ) -> tuple[Outputs, tuple[Any, ...]]:
     """One device's tokens against its part of the vocabulary."""
     batch, vocab = head.divided("batch"), head.divided("act_vocab")
-    extras = [_extra_axes(head, *of) for of in zip(specs, (head.vocab_dim, 0), strict=False)]
-
-    def whole(weight: Array, extra: Extra) -> Array:
-        for dim, axes in extra:
-            weight = lax.all_gather(weight, axes, axis=dim, tiled=True)
-        return weight
-
-    used = tuple(map(whole, head_weights, extras))
+    used = head.used(head_weights, specs)
     B, T = targets_BT.shape
-    count = B * T
-    chunks = -(-count // head.chunk)
-    size = -(-count // chunks)  # even chunks: fewer than `chunks` rows of padding
-
-    def split(a: Array) -> Array:
-        a = a.reshape(count, *a.shape[2:])
-        a = jnp.pad(a, [(0, chunks * size - count)] + [(0, 0)] * (a.ndim - 1))
-        return a.reshape(chunks, size, *a.shape[1:])
-
-    def merge(a: Array) -> Array:
-        return a.reshape(chunks * size, *a.shape[2:])[:count].reshape(B, T, *a.shape[2:])
-
+    chunks = Chunks(B, T, head.chunk)
     one_chunk = partial(_chunk, head, with_gradient, used)
     d_used = tuple(jnp.zeros(w.shape, jnp.float32) for w in used) if with_gradient else None
-    xs = split(x_BTD), split(targets_BT), split(w_BT)
+    xs = chunks.split(x_BTD), chunks.split(targets_BT), chunks.split(w_BT)
     d_used, (nll, lse, correct, d_x) = lax.scan(one_chunk, d_used, xs)
 
-    weights, nll, lse, correct = merge(xs[2]), merge(nll), merge(lse), merge(correct)
+    weights, nll, lse, correct = map(chunks.merge, (xs[2], nll, lse, correct))
     sums = [jnp.sum(weights * a) for a in (nll, lse * lse, correct)]
-    nll_sum, z_sum, correct_sum = _psum(jnp.stack(sums), batch)
+    nll_sum, z_sum, correct_sum = psum(jnp.stack(sums), batch)
     aux = {"nll_sum": nll_sum, "z_sum": z_sum, "correct_sum": correct_sum}
     outputs = nll_sum + head.z_loss * z_sum, aux, (nll, correct)
     if d_used is None:
         return outputs, ()
-
-    def reduced(gradient: Array, weight: Array, extra: Extra) -> Array:
-        for dim, axes in extra:
-            gradient = lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
-        scattered = {axis for _, axes in extra for axis in axes}
-        left = tuple(axis for axis in batch if axis not in scattered)
-        return _psum(gradient, left).astype(weight.dtype)
-
-    d_weights = tuple(map(reduced, d_used, used, extras))
-    d_x_BTD = _psum(merge(d_x), vocab)
-    return outputs, (d_x_BTD.astype(x_BTD.dtype), d_weights)
+    d_x_BTD = psum(chunks.merge(d_x), vocab)
+    return outputs, (d_x_BTD.astype(x_BTD.dtype), head.reduced(d_used, used, specs))
 
 
 def _chunk(
@@ -240,30 +199,10 @@ def _chunk(
 ) -> tuple[Any, tuple[Any, ...]]:
     """One chunk of C tokens: adds to gradients of the weights; gives losses and hidden gradient."""
     x_CD, targets_C, weights_C = inputs
-    table, *bias = head_weights
-    vocab_axes, v = head.divided("act_vocab"), head.vocab_dim
-    columns = table.shape[v]
-    first = lax.axis_index(vocab_axes) * columns if vocab_axes else 0
-    logits_CV = lax.dot_general(
-        x_CD, table, (((1,), (1 - v,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    for bias_V in bias:
-        logits_CV += bias_V.astype(jnp.float32)[None]
-    capped_CV = logits_CV
-    if head.softcap is not None:
-        capped_CV = logits_CV = head.softcap * jnp.tanh(logits_CV / head.softcap)
-    column_CV = lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1)
-    if columns * head.rules.size(vocab_axes) > head.vocab_size:
-        logits_CV = jnp.where(column_CV < head.vocab_size - first, logits_CV, MASKED)
-
-    max_C = jnp.max(logits_CV, axis=1)
-    max_C = lax.pmax(max_C, vocab_axes) if vocab_axes else max_C
+    capped_CV, logits_CV = head.logits(x_CD, head_weights)
+    max_C, target_C, picked_C = head.of_targets(capped_CV, logits_CV, targets_C)
     exp_sum_C = jnp.sum(jnp.exp(logits_CV - max_C[:, None]), axis=1)
-    target_C = targets_C - first
-    here_C = (target_C >= 0) & (target_C < columns)
-    index_C1 = jnp.clip(target_C, 0, columns - 1)[:, None]
-    picked_C = jnp.where(here_C, jnp.take_along_axis(capped_CV, index_C1, axis=1)[:, 0], 0.0)
-    exp_sum_C, picked_C = _psum(jnp.stack([exp_sum_C, picked_C]), vocab_axes)
+    exp_sum_C, picked_C = psum(jnp.stack([exp_sum_C, picked_C]), head.divided("act_vocab"))
     lse_C = max_C + jnp.log(exp_sum_C)
     losses = lse_C - picked_C, lse_C, (picked_C >= max_C).astype(jnp.float32)
     if not with_gradient:
@@ -271,32 +210,7 @@ def _chunk(
 
     scale_C = weights_C * (1.0 + 2.0 * head.z_loss * lse_C)
     d_logits_CV = jnp.exp(logits_CV - lse_C[:, None]) * scale_C[:, None]
+    column_CV = lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1)
     d_logits_CV -= jnp.where(column_CV == target_C[:, None], weights_C[:, None], 0.0)
-    if head.softcap is not None:
-        d_logits_CV *= 1.0 - jnp.square(capped_CV / head.softcap)
-    d_bias = [jnp.sum(d_logits_CV, axis=0) for _ in bias]
-    d_logits_CV = d_logits_CV.astype(x_CD.dtype)
-    d_x_CD = lax.dot_general(d_logits_CV, table, (((1,), (v,)), ((), ())))
-    left, right = (d_logits_CV, x_CD) if v == 0 else (x_CD, d_logits_CV)
-    d_table = lax.dot_general(
-        left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    return tuple(map(jnp.add, d_weights, (d_table, *d_bias))), (*losses, d_x_CD)
-
-
-def _psum(x: Array, axes: tuple[str, ...]) -> Array:
-    return lax.psum(x, axes) if axes else x
-
-
-def _extra_axes(head: _Head, spec: P, vocab_dim: int) -> Extra:
-    """(dim, mesh axes) that divide the table or the bias at rest but not while it is used."""
-    extra = []
-    for dim, entry in enumerate(spec):
-        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        axes = tuple(axis for axis in axes if head.rules.size((axis,)) > 1)
-        used = head.divided("act_vocab") if dim == vocab_dim else ()
-        assert axes[: len(used)] == used, (spec, used)
-        assert set(axes[len(used) :]) <= set(head.divided("batch")), (spec, axes)
-        if axes[len(used) :]:
-            extra.append((dim, axes[len(used) :]))
-    return extra
+    d_x_CD, d_used = head.pull_back(d_logits_CV, capped_CV, x_CD, head_weights)
+    return tuple(map(jnp.add, d_weights, d_used)), (*losses, d_x_CD)

@@ -14,6 +14,10 @@ import jax
 
 PyTree = Any
 
+# The first part of the names of parameters that a model has while it is trained alone, and that
+# whoever evaluates, exports or continues from it as another run does not ask for.
+TRAINING_ONLY = "distill"
+
 
 def named(tree: PyTree) -> dict[str, Any]:
     """The leaves of `tree` by name, in the order of `jax.tree.leaves`."""
@@ -89,14 +93,20 @@ def compare(
       saved: name -> what `describe` said.
       path: the checkpoint's folder, for the message.
       partial: whether the checkpoint may hold more than is wanted: other branches of the state's
-        tree, such as moments beside parameters, but not other tensors in a branch that is wanted.
+        tree, such as moments beside parameters, and what training alone has, but not other
+        tensors in a branch that is wanted.
 
     Raises:
       ValueError: it does not; the message names the first tensor that differs, parameters first.
     """
     if partial:
         branches = {name.partition("/")[0] for name in wanted}
-        saved = {name: t for name, t in saved.items() if name.partition("/")[0] in branches}
+        aside = f"params/{TRAINING_ONLY}/"
+        saved = {
+            name: t
+            for name, t in saved.items()
+            if name.partition("/")[0] in branches and (name in wanted or not name.startswith(aside))
+        }
     for name in sorted(
         set(wanted) | set(saved), key=lambda name: (not name.startswith("params"), name)
     ):

@@ -6,6 +6,7 @@ parameter have the parameter's sharding, and elementwise arithmetic keeps it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,16 +20,24 @@ from jax.sharding import NamedSharding
 
 from parallel.mesh import platform
 from parallel.rules import Rules
+from training.by_layer import ByLayer, Place, by_layer, unstacked
+from training.low_rank import scale_by_low_rank
 from training.matrices import decays, scale_by_factored_rms, scale_by_muon
 from training.naming import completed, restricted
-from training.offload import Offloaded, offloaded
+from training.quantised_adam import scale_by_quantised_adam
+from training.rounding import rounded, widened
 from training.schedules import make_schedule
 from training.zeros import keeping_zeros
 
-NAMES = ("adamw", "adafactor", "lion", "muon", "sgd")
+BITS = {"adamw8bit": 8, "adamw4bit": 4}  # of a moment
+# The scale of what is projected where the config has 0: GaLore section 5, APOLLO section 5.1; that
+# of rank 1 is APOLLO-Mini's.
+SCALES = {"galore": 0.25, "apollo": 1.0}
+MINI_SCALE = math.sqrt(128)
+NAMES = ("adamw", "adafactor", "lion", "muon", "sgd", *BITS, *SCALES)
 SCHEDULES = ("cosine", "wsd", "constant")
 
-Optimizer: TypeAlias = optax.GradientTransformation | Offloaded
+Optimizer: TypeAlias = optax.GradientTransformation | ByLayer
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class OptimizerConfig:
     """How gradients become updates (`config.optimizer`).
 
     Attributes:
-      name: adamw, adafactor, lion, muon or sgd.
+      name: adamw, adafactor, lion, muon, sgd, adamw8bit, adamw4bit, galore or apollo.
       learning_rate: the highest one.
       warmup_steps: updates of linear warm-up; more than the run has is allowed.
       schedule: cosine, wsd or constant, see `training/schedules.py`.
@@ -47,9 +56,14 @@ class OptimizerConfig:
       b1, b2: decay of first and second moments (adamw, lion, and muon's tables and vectors).
       eps: added to the denominator.
       momentum: of sgd and muon; 0 gives sgd without state.
-      offload: moments of the stacked layers live in host memory (training/offload.py).
+      offload: moments of the stacked layers live in host memory (training/by_layer.py).
       frozen: patterns of canonical names, such as "stack/*", of parameters that are not trained
         (training/frozen.py).
+      rank: of the moments of matrices with galore and apollo; 1 with apollo is APOLLO-Mini.
+      refresh: updates after which their projection changes.
+      projection_scale: factor of what is projected; 0: the method's own.
+      stochastic_rounding: parameters and moments in bfloat16 are rounded up or down by chance, by
+        how near they are (training/rounding.py).
     """
 
     name: str = "adamw"
@@ -66,6 +80,10 @@ class OptimizerConfig:
     momentum: float = 0.9
     offload: bool = False
     frozen: tuple[str, ...] = ()
+    rank: int = 128
+    refresh: int = 200
+    projection_scale: float = 0.0
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         def check(key: str, right: bool, hint: str) -> None:
@@ -84,8 +102,17 @@ class OptimizerConfig:
         for key in ("b1", "b2", "momentum"):
             check(key, 0 <= getattr(self, key) < 1, "a decay is at least 0 and below 1")
         check("eps", self.eps > 0, "above 0")
+        for key in ("rank", "refresh"):
+            check(key, getattr(self, key) >= 1, "at least 1")
+        check("projection_scale", self.projection_scale >= 0, "0 (the method's own) or more")
         stateless = self.name == "sgd" and self.momentum == 0
         check("offload", not (self.offload and stateless), "sgd without momentum has no state")
+
+    @property
+    def scale(self) -> float:
+        """`projection_scale`, or what the method's paper has."""
+        own = MINI_SCALE if self.name == "apollo" and self.rank == 1 else SCALES.get(self.name, 1.0)
+        return self.projection_scale or own
 
 
 def make_optimizer(
@@ -108,24 +135,37 @@ def make_optimizer(
     (Lion), https://arxiv.org/abs/2302.06675; Adafactor and Muon in `training/matrices.py`.
     """
     make = keeping_zeros(partial(_chain, config, total_steps), zeros)
-    return offloaded(make, axes) if config.offload else make(axes)
+    looped = config.offload or config.name in {*BITS, *SCALES} or config.stochastic_rounding
+    return by_layer(make, axes, host=config.offload) if looped else make(axes)
 
 
 def _chain(
     config: OptimizerConfig, total_steps: int, axes: Any
 ) -> optax.GradientTransformationExtraArgs:
-    direction = {
+    quantised = partial(scale_by_quantised_adam, axes, b1=config.b1, b2=config.b2, eps=config.eps)
+    low_rank = partial(
+        scale_by_low_rank,
+        axes,
+        rank=config.rank,
+        refresh=config.refresh,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+    )
+    directions: dict[str, Callable[[], optax.GradientTransformation]] = {
         "adamw": lambda: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        **{name: partial(quantised, bits=bits) for name, bits in BITS.items()},
+        **{name: partial(low_rank, method=name, scale=config.scale) for name in SCALES},
         "adafactor": lambda: scale_by_factored_rms(axes),
         "lion": lambda: optax.scale_by_lion(b1=config.b1, b2=config.b2),
         "muon": lambda: scale_by_muon(
             axes, momentum=config.momentum, b1=config.b1, b2=config.b2, eps=config.eps
         ),
         "sgd": lambda: optax.trace(config.momentum) if config.momentum else optax.identity(),
-    }[config.name]()
+    }
     return optax.named_chain(
         ("clip", _clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()),
-        ("direction", direction),
+        ("direction", directions[config.name]()),
         ("decay", optax.add_decayed_weights(config.weight_decay, jax.tree.map(decays, axes))),
         ("rate", optax.scale_by_learning_rate(make_schedule(config, total_steps))),
     )
@@ -159,6 +199,7 @@ def apply_update(
     params: Any,
     *,
     scale: Array | float = 1.0,
+    rounding: Array | None = None,
 ) -> tuple[Any, Any, Array, Array]:
     """One update, or, if the gradient is not finite, the old parameters and state bit for bit.
 
@@ -169,6 +210,7 @@ def apply_update(
       opt_state: of `optimizer.init`.
       params: master parameters.
       scale: how many times too large the gradients are (float16's loss scale).
+      rounding: the key of this step, by which bfloat16 is rounded; None: to the nearest.
 
     Returns:
       (params, opt_state, grad_norm, finite): the global norm before clipping, float32, of all
@@ -182,19 +224,27 @@ def apply_update(
     finite = jnp.isfinite(norm)
 
     def update(
-        optimizer: optax.GradientTransformation, grads: Any, params: Any, opt_state: Any
+        optimizer: optax.GradientTransformation,
+        grads: Any,
+        params: Any,
+        opt_state: Any,
+        place: Place = unstacked,
     ) -> tuple[Any, Any]:
         def new(params: Any, opt_state: Any) -> tuple[Any, Any]:
+            old = params, opt_state
+            if rounding is not None:
+                params, opt_state = widened(old)
             like_param = lambda g, p: (g.astype(jnp.float32) / scale).astype(p.dtype)
             updates, opt_state = optax.with_extra_args_support(optimizer).update(
                 jax.tree.map(like_param, grads, params), opt_state, params, grad_norm=norm
             )
-            return optax.apply_updates(params, updates), opt_state
+            found = optax.apply_updates(params, updates), opt_state
+            return found if rounding is None else rounded(found, old, rounding, place)
 
         return _update_if(finite, new, params, opt_state)
 
     with jax.numpy_dtype_promotion("standard"):  # optax raises decay rates to integer powers
-        if isinstance(optimizer, Offloaded):
+        if isinstance(optimizer, ByLayer):
             params, opt_state = optimizer.update(update, grads, params, opt_state)
         else:
             params, opt_state = update(optimizer, grads, params, opt_state)

@@ -16,8 +16,9 @@ from parallel.pipeline import PipelineConfig
 from parallel.precision import LossScale, PrecisionConfig
 from parallel.rules import Rules
 from parallel.stored import cast
+from training.by_layer import ByLayer
+from training.features import Features
 from training.naming import named
-from training.offload import Offloaded
 from training.optim import Optimizer, state_specs
 
 Tree = Any
@@ -55,6 +56,9 @@ class Model:
       frozen: canonical names of the parameters that are not trained (`training.frozen`).
       scores: (params for the model, batch) -> (-log p of every target, 1 where it is the most
         likely token), float32 [B, T]; None where no next token is predicted.
+      features: (params for the model, batch, `Weights` or None, key or None, layers) -> the forward
+        pass up to the head of tokens, with the residual streams after those layers; without weights
+        there is no loss beside that of tokens. None where no token is predicted.
     """
 
     init: Callable[[jax.Array], Tree]
@@ -65,6 +69,7 @@ class Model:
     pipeline: PipelineConfig | None = None
     frozen: frozenset[str] = frozenset()
     scores: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    features: Callable[..., Features] | None = None
 
     def trained(self, tree: Tree) -> Tree:
         """A tree like the parameters, with None, which is nothing to JAX, for the frozen ones.
@@ -142,7 +147,7 @@ def state_shardings(
 ) -> TrainState:
     """The NamedSharding of every array of the state, which says in what memory it is."""
     shardings = shardings_of(state_partition(model, optimizer, precision), mesh)
-    if not isinstance(optimizer, Offloaded):
+    if not isinstance(optimizer, ByLayer):
         return shardings
     params = model.trained(abstract_params(model, precision))
     return shardings._replace(opt_state=optimizer.placed(shardings.opt_state, params))

@@ -8,44 +8,38 @@ from __future__ import annotations
 import jax
 
 from models.config import ModelConfig
-from models.tables import Head
 from parallel.rules import Rules
+from training.features import Predictor
 from training.losses import LossConfig, cross_entropy, token_scores
 from training.micro_batches import Batch, Weights
 
 
 def token_loss(
-    head: Head,
-    features_BTD: jax.Array,
+    head: Predictor,
     batch: Batch,
     weights: Weights,
     config: ModelConfig,
     loss: LossConfig,
     rules: Rules,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`cross_entropy` of `batch["targets"]`, of which those in `weights` count.
-
-    Args:
-      features_BTD: what the head multiplies.
-    """
+    """`cross_entropy` of `batch["targets"]`, of which those in `weights` count."""
     return cross_entropy(
-        features_BTD,
-        head.weight,
+        head.x_BTD,
+        head.table,
         batch["targets"],
         weights.tokens_BT,
         rules=rules,
         vocab_size=config.vocab_size,
-        table_axes=head.axes,
+        table_axes=head.table_axes,
         bias=head.bias,
         chunk=loss.chunk,
-        softcap=config.logit_softcap or None,
+        softcap=head.softcap,
         z_loss=loss.z_loss,
     )
 
 
 def score_tokens(
-    head: Head,
-    features_BTD: jax.Array,
+    head: Predictor,
     targets_BT: jax.Array,
     config: ModelConfig,
     loss: LossConfig,
@@ -53,13 +47,13 @@ def score_tokens(
 ) -> tuple[jax.Array, jax.Array]:
     """`token_scores` of targets, of which none is weighted."""
     return token_scores(
-        features_BTD,
-        head.weight,
+        head.x_BTD,
+        head.table,
         targets_BT,
         rules=rules,
         vocab_size=config.vocab_size,
-        table_axes=head.axes,
+        table_axes=head.table_axes,
         bias=head.bias,
         chunk=loss.chunk,
-        softcap=config.logit_softcap or None,
+        softcap=head.softcap,
     )

@@ -251,9 +251,10 @@ def test_a_leak_in_train_is_named_within_twenty_steps(what, tmp_path):
         assert f"{file}:{line} (planted)" in warning
         assert "float32[3,5]" in warning
     else:
-        source = (ROOT / "train.py").read_text().splitlines()
-        line = next(n for n, text in enumerate(source, 1) if "](state, batch)" in text)
-        assert f" train.py:{line} (train.<locals>.run_step)" in warning
+        file = "training/compiled_step.py"
+        source = (ROOT / file).read_text().splitlines()
+        line = next(n for n, text in enumerate(source, 1) if "](state, batch, *more)" in text)
+        assert f" {file}:{line} (CompiledStep.__call__)" in warning
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from models.weights import model_weights
 from parallel.footprint import tiled_size
 from parallel.mesh import make_mesh
 from parallel.targets import cpu_target, parse_target
-from training.optim import make_optimizer
+from training.optim import BITS, SCALES, make_optimizer
 from training.state import abstract_params, abstract_state
 
 PART = 0.1  # of a total, as `benchmarks/memory_accuracy.py` finds for nine cells of ten
@@ -83,17 +83,28 @@ LAYOUTS_OF_SHARED = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "muon", "sgd"])
+AT_REST = [
+    *[("tiny", layout) for layout in LAYOUTS],
+    *[("gpt2_124m", layout) for layout in LAYOUTS if layout != "tensor"],  # 12 heads
+    *[(shape, layout) for shape in ("tiny_encoder", "tiny_seq2seq") for layout in LAYOUTS],
+    *[("tiny_shared", layout) for layout in ("zero 2, tensor", "frozen", "frozen stages")],
+]
+# Blocks inside of a device's part and across it, packed dims that do not divide, stages.
+SMALL_STATE = [
+    *[("gpt2_124m", "fsdp"), ("tiny_seq2seq", "tensor"), ("tiny", "zero 2, tensor")],
+    ("tiny_shared", "frozen stages"),
+]
+
+
 @pytest.mark.parametrize(
-    ("shape", "layout"),
-    [("tiny", layout) for layout in LAYOUTS]
-    + [("gpt2_124m", layout) for layout in LAYOUTS if layout != "tensor"]  # 12 heads
-    + [(shape, layout) for shape in ("tiny_encoder", "tiny_seq2seq") for layout in LAYOUTS]
-    + [("tiny_shared", layout) for layout in ("zero 2, tensor", "frozen", "frozen stages")],
+    ("shape", "layout", "optimizer"),
+    [(*case, name) for name in ("adamw", "lion", "adafactor", "muon", "sgd") for case in AT_REST]
+    + [(*case, name) for name in (*BITS, *SCALES) for case in SMALL_STATE],
 )
 def test_state_and_batch_are_predicted_to_the_byte(shape, layout, optimizer):
-    values = (LAYOUTS | LAYOUTS_OF_SHARED)[layout]
-    chosen = experiment(shape, **values, optimizer__name=optimizer, data__batch_size=64)
+    values = dict((LAYOUTS | LAYOUTS_OF_SHARED)[layout])
+    values |= {"optimizer__name": optimizer, "optimizer__rank": 16}
+    chosen = experiment(shape, **values, data__batch_size=64)
     mesh = make_mesh(chosen.mesh)
     with jax.set_mesh(mesh):
         model = chosen.build_model()

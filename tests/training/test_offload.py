@@ -16,9 +16,9 @@ from parallel.precision import PrecisionConfig
 from parallel.targets import parse_target
 from tests.small import layout
 from tests.training.test_optim import AXES, arrays, config_of, place, rules_for
+from training.by_layer import ByLayer
 from training.checkpoint import CheckpointConfig, Checkpoints
-from training.offload import Offloaded
-from training.optim import NAMES, apply_update, make_optimizer, state_specs
+from training.optim import BITS, NAMES, apply_update, make_optimizer, state_specs
 from training.schedules import make_schedule
 from training.state import abstract_state, create_state, shardings_of
 from training.step import make_step
@@ -31,7 +31,7 @@ MESH = dict(fsdp=4, tensor=2)
 def shardings_for(optimizer, params, rules):
     """Where the state of these parameters belongs, on the current mesh."""
     shardings = shardings_of(state_specs(optimizer, AXES, params, rules), get_mesh())
-    return optimizer.placed(shardings, params) if isinstance(optimizer, Offloaded) else shardings
+    return optimizer.placed(shardings, params) if isinstance(optimizer, ByLayer) else shardings
 
 
 def laid_out(optimizer, rules):
@@ -63,7 +63,7 @@ def updated(config, rules):
     return jax.tree.map(np.asarray, (params, state))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("adamw8bit", "galore")])
 def test_updates_are_the_same(use_mesh, name):
     rules = rules_for(MESH, zero=3)
     with use_mesh(**MESH):
@@ -94,7 +94,8 @@ def test_only_slices_of_one_layer_travel(use_mesh, name):
     with use_mesh(**MESH):
         params, state = laid_out(optimizer, rules)
         on_host = [leaf for leaf in jax.tree.leaves(state) if jax.typeof(leaf).memory_space == HOST]
-        assert len(on_host) == {"adamw": 10, "muon": 7, "adafactor": 8}.get(name, 5)
+        kept = {"adamw": 10, "muon": 7, "adafactor": 8, "galore": 13, "apollo": 10}
+        assert len(on_host) == (kept | dict.fromkeys(BITS, 16)).get(name, 5)
         grads = place(arrays(1), rules.of_gradient)
         update = jax.make_jaxpr(lambda *args: apply_update(optimizer, *args))
         program = update(grads, state, params)

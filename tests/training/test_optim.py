@@ -1,6 +1,7 @@
 """Optimizers on every layout against one device, and against optax where optax has a say."""
 
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,15 @@ import pytest
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.rules import ParallelConfig, make_rules
 from training.matrices import decays, matrix_dims, orthogonalises
-from training.optim import NAMES, OptimizerConfig, apply_update, make_optimizer, state_specs
+from training.optim import (
+    BITS,
+    NAMES,
+    SCALES,
+    OptimizerConfig,
+    apply_update,
+    make_optimizer,
+    state_specs,
+)
 from training.schedules import make_schedule
 
 L, D, N, H, F, V = 3, 16, 4, 8, 32, 128
@@ -46,7 +55,8 @@ def place(tree, spec_of):
 
 
 def config_of(name, **changes):
-    return OptimizerConfig(**({"name": name, "learning_rate": 0.1, "warmup_steps": 2} | changes))
+    given = {"learning_rate": 0.1, "warmup_steps": 2, "rank": 4, "refresh": 2}
+    return OptimizerConfig(**({"name": name} | given | changes))
 
 
 def rules_for(sizes, zero):
@@ -83,15 +93,22 @@ def on_one_device(config):
         return train(config, rules_for({}, 0))
 
 
+MESHES = [({"fsdp": 8}, 3), ({"data": 2, "tensor": 4}, 0)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_sharded_updates_equal_one_device(use_mesh, name):
     config = config_of(name)
     want, want_state = on_one_device(config)
-    for sizes, zero in [({"fsdp": 8}, 3), ({"data": 2, "tensor": 4}, 0)]:
+    lean = name in {*BITS, *SCALES}  # which take seconds to compile
+    for sizes, zero in [({"fsdp": 4, "tensor": 2}, 3)] if lean else MESHES:
         with use_mesh(**sizes):
             got, state = train(config, rules_for(sizes, zero))
         assert_near(got, want, 1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), state, want_state)
+        # Singular vectors turn by the rounding of a gradient over the gap of their values.
+        least = 1e-5 if name == "galore" else 1e-6
+        near = partial(np.testing.assert_allclose, rtol=1e-4, atol=least)
+        jax.tree.map(near, state, want_state)
 
 
 @pytest.mark.parametrize("zero", [1, 2])
@@ -267,7 +284,7 @@ def test_clipping_by_global_norm(use_mesh):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), updates, want)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in {*BITS, *SCALES}])
 def test_a_donated_step_is_updated_in_place(use_mesh, name):
     """Skipping needs the old state, and yet no copy of it beside what the update itself takes."""
     axes = dict.fromkeys("abcd", "layers embed -> mlp")

@@ -1,11 +1,14 @@
-"""Moments of the stacked layers in host memory, on the device one layer at a time.
+"""The update of the stacked layers one at a time; their moments may wait in host memory.
 
-The update runs on the device, as without offload: only where the moments wait is another place. A
-loop over the layers fetches one layer's moments, updates them and that layer's parameters, and
-writes both back in place. An array never travels whole: on TPU that held all of it twice.
+A loop over the layers takes one layer's moments, updates them and that layer's parameters, and
+writes both back in place. What an update makes beside its results, such as float32 sums of moments
+that are kept in 8 bits, is there for one layer alone.
 
-Moments of what stands outside the stack (embedding, loss head, last norm) stay on the device: a
-deep model has few.
+Of moments in host memory (`config.optimizer.offload`) the loop fetches one layer's. The update runs
+on the device all the same. An array never travels whole: on TPU that held all of it twice.
+
+What stands outside the stack (embedding, loss head, last norm) is updated at once, and its moments
+stay on the device: a deep model has few.
 """
 
 from __future__ import annotations
@@ -20,30 +23,37 @@ import optax
 from parallel.rules import SHARED, STAGED
 from training.naming import named
 
-OFFLOADED = (STAGED, SHARED)  # of which a model has one or the other
+LOOPED = (STAGED, SHARED)  # of which a model has one or the other
 
 Tree = Any
-Apply = Callable[[optax.GradientTransformation, Tree, Tree, Tree], tuple[Tree, Tree]]
+# Name of an array of (parameters, state), as `naming.named` gives it -> the numbers of the layers
+# that its first dim is of; None where that is no dim of layers.
+Place = Callable[[str], jax.Array | None]
+Apply = Callable[[optax.GradientTransformation, Tree, Tree, Tree, Place], tuple[Tree, Tree]]
 
 
 @dataclass(frozen=True)
-class Offloaded:
-    """An optimizer in two parts, with the state of the whole: checkpoints do not know of offload.
+class ByLayer:
+    """An optimizer in two parts, with the state of the whole: checkpoints do not know of the parts.
 
     Attributes:
-      whole: the optimizer as it is without offload; it gives the structure of the state.
+      whole: the optimizer as it is without a loop; it gives the structure of the state.
       layers: the same for stacked parameters, where its trees have None for the others.
       others: the same for the others, where its trees have None for the stacked ones.
       stacked: names of the stacked parameters.
+      host: moments of the stacked parameters are in host memory.
     """
 
     whole: optax.GradientTransformation
     layers: optax.GradientTransformation
     others: optax.GradientTransformation
     stacked: frozenset[str]
+    host: bool
 
     def init(self, params: Tree) -> Tree:
-        """The state of step 0; that of the layers is made one layer at a time."""
+        """The state of step 0; where it goes to the host it is made one layer at a time."""
+        if not self.host:
+            return self.whole.init(params)
         layers, others = _parts(params, self.stacked)
         moments = self._moments(params)
 
@@ -61,14 +71,17 @@ class Offloaded:
         """One update of everything.
 
         Args:
-          apply: (optimizer, grads, params, state) -> (params, state), called with either part; with
-            that of the layers in a loop, on [1, ...] of every array.
+          apply: (optimizer, grads, params, state, place) -> (params, state), called with either
+            part; with that of the layers in a loop, on [1, ...] of every array.
           grads, params: of all parameters.
           state: of `init`.
 
         Returns:
           The new parameters and state. Counters count once, whatever the number of layers.
         """
+        if self._divided(params):
+            assert not self.host
+            return apply(self.whole, grads, params, state, self._places(params))
         layer_grads, other_grads = _parts(grads, self.stacked)
         layer_params, other_params = _parts(params, self.stacked)
         arrays = named(state)
@@ -76,7 +89,7 @@ class Offloaded:
         of_others = jax.eval_shape(self.others.init, other_params)
         moments = {name: arrays[name] for name in self._moments(params)}
         other_params, new = apply(
-            self.others, other_grads, other_params, _filled(of_others, arrays)
+            self.others, other_grads, other_params, _filled(of_others, arrays), unstacked
         )
 
         def update_layer(i: jax.Array, carry: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
@@ -88,11 +101,19 @@ class Offloaded:
                 return jax.tree.map(lambda a, one: put(a, one, i, 0), tree, layer)
 
             params, moments = carry
-            fetched = jax.device_put(cut(moments), jax.memory.Space.Device)
+            fetched = cut(moments)
+            if self.host:
+                fetched = jax.device_put(fetched, jax.memory.Space.Device)
             new_params, new = apply(
-                self.layers, cut(layer_grads), cut(params), _filled(of_layer, arrays | fetched)
+                self.layers,
+                cut(layer_grads),
+                cut(params),
+                _filled(of_layer, arrays | fetched),
+                lambda _: i[None],
             )
-            new_moments = jax.device_put({n: named(new)[n] for n in moments}, jax.memory.Space.Host)
+            new_moments = {n: named(new)[n] for n in moments}
+            if self.host:
+                new_moments = jax.device_put(new_moments, jax.memory.Space.Host)
             return write(params, new_params), write(moments, new_moments)
 
         (depth,) = {len(p) for p in jax.tree.leaves(layer_params)}
@@ -102,12 +123,26 @@ class Offloaded:
 
     def placed(self, shardings: Tree, params: Tree) -> Tree:
         """The shardings of a state of `params`, in host memory where its arrays are offloaded."""
+        if not self.host:
+            return shardings
         arrays = named(shardings)
         hosted = {n: arrays[n].with_memory_kind("pinned_host") for n in self._moments(params)}
         return _filled(shardings, arrays | hosted)
 
+    def _divided(self, params: Tree) -> bool:
+        """Whether the layers are divided over the stages of a pipeline, which no loop can cut."""
+        layers = jax.tree.leaves(_parts(params, self.stacked)[0])
+        return any(tuple(jax.typeof(p).sharding.spec)[:1] not in ((), (None,)) for p in layers)
+
+    def _places(self, params: Tree) -> Place:
+        """The layers of the arrays of the whole optimizer."""
+        (depth,) = {len(p) for p in jax.tree.leaves(_parts(params, self.stacked)[0])}
+        stacked = {f"0/{name}" for name in self.stacked}
+        stacked |= {f"1/{name}" for name in self._moments(params)}
+        return lambda name: jax.numpy.arange(depth) if name in stacked else None
+
     def _moments(self, params: Tree) -> list[str]:
-        """Names of the arrays that are offloaded: what the layers alone have, so no counters."""
+        """Names of the arrays that the layers alone have, so no counters."""
         layers, others = _parts(params, self.stacked)
         kept = named(jax.eval_shape(self.others.init, others))
         return [
@@ -115,20 +150,32 @@ class Offloaded:
         ]
 
 
-def offloaded(make: Callable[[Tree], optax.GradientTransformation], axes: Tree) -> Offloaded:
-    """The optimizer that `make` makes for logical axes, the moments of its layers offloaded.
+def by_layer(
+    make: Callable[[Tree], optax.GradientTransformation], axes: Tree, *, host: bool
+) -> ByLayer | optax.GradientTransformation:
+    """The optimizer that `make` makes for logical axes, its layers updated one at a time.
+
+    Args:
+      host: their moments are in host memory.
 
     Raises:
-      ValueError: there are none, all being frozen.
+      ValueError: of `host`; there are no layers, all being frozen.
     """
-    stacked = frozenset(name for name, dims in named(axes).items() if dims.split()[0] in OFFLOADED)
+    stacked = frozenset(name for name, dims in named(axes).items() if dims.split()[0] in LOOPED)
     if not stacked:
+        if not host:
+            return make(axes)
         raise ValueError(
             "config.optimizer.offload = True: moments of layers are offloaded, and "
             "config.optimizer.frozen leaves no layer to train; set it to False"
         )
     layers, others = _parts(axes, stacked)
-    return Offloaded(make(axes), make(layers), make(others), stacked)
+    return ByLayer(make(axes), make(layers), make(others), stacked, host)
+
+
+def unstacked(name: str) -> None:
+    """The place of arrays of which none has a dim of layers."""
+    del name
 
 
 def _parts(tree: Tree, stacked: frozenset[str]) -> tuple[Tree, Tree]:

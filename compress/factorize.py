@@ -1,0 +1,162 @@
+"""Matrices as two factors, of the largest singular values: of the weights, or of the outputs.
+
+For inputs with moment H = X^T X = L L^T the outputs change by |L^T (W - A B)|. So the best factors
+of a rank are those of L^T W, with L taken off again (SVD-LLM, Wang et al. 2024,
+https://arxiv.org/abs/2403.07378, section 3.1). ASVD (Yuan et al. 2023,
+https://arxiv.org/abs/2312.05821) takes a diagonal in the place of L: mean|x_k|^a. In float64 on the
+host. Two factors save where r < KM / (K + M), and are never multiplied together again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compress.budget import Candidates, Option
+from compress.result import Result
+from compress.walk import STACK, Layer, check_walk, walk
+from compress.watch import Inputs
+from parallel.forms import Form
+from parallel.low_rank import largest_rank
+from parallel.rules import STACKS
+from training.micro_batches import Batch
+from training.naming import named
+from training.state import Model
+
+METHODS = ("svd", "whitened", "asvd")
+DAMP = 1e-6  # of the mean of the moment's diagonal: it has to have a Cholesky factor
+CHOICES = 8  # ranks that a budget chooses from, besides the array itself
+
+
+@dataclass(frozen=True)
+class Factorize:
+    """How matrices become factors.
+
+    Attributes:
+      method: svd (of the weights), whitened (SVD-LLM) or asvd.
+      exponent: of ASVD's scale.
+    """
+
+    method: str = "whitened"
+    exponent: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"--method={self.method}: choose one of {', '.join(METHODS)}")
+        if not 0 <= self.exponent <= 1:
+            raise ValueError(f"--exponent={self.exponent}: between 0 and 1")
+
+    def weighting(self, rows: int, inputs: Inputs | None) -> tuple[np.ndarray, np.ndarray]:
+        """(what W is multiplied by before, its inverse), float64 [K, K]."""
+        if self.method == "svd" or inputs is None:
+            return np.eye(rows), np.eye(rows)
+        if self.method == "asvd":
+            mean = np.asarray(inputs.sizes, np.float64)
+            scale = np.maximum(mean, 1e-6 * float(mean.max(initial=1e-24))) ** self.exponent
+            return np.diag(scale), np.diag(1 / scale)
+        moment = np.array(inputs.moment, np.float64)
+        moment[np.diag_indices(rows)] += DAMP * max(float(np.mean(np.diag(moment))), 1e-30)
+        upper = np.linalg.cholesky(moment).T
+        return upper, np.linalg.inv(upper)
+
+    def factors(
+        self, w_KM: np.ndarray, rank: int, inputs: Inputs | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A [K, r] and B [r, M], float32, alike in norm."""
+        before, back = self.weighting(len(w_KM), inputs)
+        u, s, v = np.linalg.svd(before @ np.asarray(w_KM, np.float64), full_matrices=False)
+        root = np.sqrt(s[:rank])
+        into, out_of = back @ (u[:, :rank] * root), root[:, None] * v[:rank]
+        return into.astype(np.float32), out_of.astype(np.float32)
+
+
+def factorize(
+    how: Factorize,
+    forms: Mapping[str, Sequence[Form]],
+    model: Model,
+    params: Any,
+    batches: Sequence[Batch],
+) -> Result:
+    """The model's matrices as factors, of the ranks that their forms give.
+
+    Args:
+      forms: name -> form of each layer, of rank or none.
+      batches: calibration text; none for plain svd.
+    """
+    result = Result(model, params)
+
+    def made(name: str, layer: int, w: np.ndarray, inputs: Inputs | None) -> np.ndarray:
+        form, matrix = forms[name][layer], result.matrix(name)
+        if form.kind == "none":
+            result.put(name, layer, w)
+            return w
+        flat = w.reshape(matrix.rows, matrix.columns)
+        into, out_of = how.factors(flat, form.rank, inputs)
+        result.put(name, layer, form.factors(matrix, jnp.asarray(into), jnp.asarray(out_of)), form)
+        return (into @ out_of).reshape(w.shape)
+
+    if batches:
+        check_walk(model, f"--method={how.method}")
+
+        def visit(layer: Layer) -> dict[str, jax.Array]:
+            mine = [name for name in layer.inputs if name in forms]
+            arrays = {name: np.asarray(layer.weights[name], np.float32) for name in mine}
+            return {
+                name: jnp.asarray(made(name, layer.number, w, layer.inputs[name]))
+                for name, w in arrays.items()
+            }
+
+        walk(model, params, batches, visit)
+    for name, array in named(params).items():
+        if name not in forms or (batches and name.startswith(STACK)):
+            continue
+        stacked = result.axes[name].split()[0] in STACKS
+        for layer in range(result.layers(name)):
+            one = jax.reshard(array[layer] if stacked else array, jax.P())
+            made(name, layer, np.asarray(one, np.float32), None)
+    return result
+
+
+def rank_candidates(
+    how: Factorize, names: Sequence[str], model: Model, params: Any, batches: Sequence[Batch]
+) -> Candidates:
+    """What each rank would cost in each layer, by one walk through the dense model.
+
+    The cost of a rank is the part of the outputs' squares in the singular values that it leaves
+    out; the array itself costs none.
+    """
+    check_walk(model, "--keep")
+    result = Result(model, params)
+    found: Candidates = {name: [[] for _ in range(result.layers(name))] for name in names}
+
+    def visit(layer: Layer) -> dict[str, jax.Array]:
+        for name, inputs in layer.inputs.items():
+            if name not in found:
+                continue
+            matrix = result.matrix(name)
+            w = np.asarray(layer.weights[name], np.float64).reshape(matrix.rows, matrix.columns)
+            before, _ = Factorize("whitened").weighting(matrix.rows, inputs)
+            squares = np.linalg.svd(before @ w, compute_uv=False) ** 2
+            left = 1 - np.cumsum(squares) / max(squares.sum(), 1e-30)
+            item = 32 * (matrix.rows + matrix.columns)
+            options = found[name][layer.number]
+            for rank in choices(largest_rank(matrix)):
+                form = Form("rank", rank=rank)
+                options.append(Option(form, rank * item, w.size, float(left[rank - 1])))
+            options.append(Option(Form("none"), 32 * w.size, w.size, 0.0))
+        return {}
+
+    walk(model, params, batches, visit)
+    return found
+
+
+def choices(most: int) -> list[int]:
+    """Ranks that a budget chooses from: even steps up to the largest that saves."""
+    step = max(1, most // CHOICES)
+    step = step // 8 * 8 or step
+    return list(range(step, most + 1, step))

@@ -1,0 +1,70 @@
+"""`python -m compress factorize`: a run's matrices as two factors each, its tables too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cli
+
+FLAGS = (
+    cli.Flag("rank", int, None, "of every matrix ..."),
+    cli.Flag("keep", float, None, "... or the part of all their bytes that is kept, shared out"),
+    cli.Flag("only", str, "stack/*", "a pattern of the matrices' names; the others stay"),
+    cli.Flag("embedding_rank", int, None, "of the vocabulary's tables; default: they stay"),
+    cli.Flag("method", str, "whitened", "svd, whitened (SVD-LLM) or asvd"),
+    cli.Flag("exponent", float, 0.5, "of asvd"),
+    cli.Flag("rows", int, 64, "rows of the run's training text to calibrate on"),
+    cli.Flag("seed", int, 0, "which rows those are"),
+)
+
+
+def main(
+    config: Any,
+    workdir: Path,
+    out: Path,
+    step: int | None,
+    rank: int | None,
+    keep: float | None,
+    only: str,
+    embedding_rank: int | None,
+    rows: int,
+    seed: int,
+    **how: Any,
+) -> None:
+    """The run, its ranks, calibration text, factors, the new run."""
+    from compress.budget import mixed
+    from compress.factorize import Factorize, factorize, rank_candidates
+    from compress.tables import factor_tables
+    from compressing import compressed_model, forms_of, opened, report, write_run
+    from training.naming import named
+
+    chosen = Factorize(**how)
+    if rank is not None and keep is not None:
+        raise ValueError(f"--keep={keep}: with --rank={rank} there is nothing to share out")
+    if rank is None and keep is None and embedding_rank is None:
+        raise ValueError("--rank: missing; give --rank=64, --keep=0.7 or --embedding_rank=64")
+    if keep is not None and not 0 < keep < 1:
+        raise ValueError(f"--keep={keep}: a part of the bytes, between 0 and 1")
+    with opened(config, workdir, step, out) as run:
+        arrays = named(run.params)
+        dense = sum(a.nbytes for a in arrays.values())
+        forms: dict[str, Any] = {}
+        text = (chosen.method != "svd" and rank is not None) or keep is not None
+        batches = run.calibration(rows, seed, chosen.method) if text else []
+        if rank is not None:
+            forms = forms_of(run, only, f"rank:{rank}", f"--rank={rank}")
+        elif keep is not None:
+            names = list(forms_of(run, only, "rank:1", f"--only={only}"))
+            found = rank_candidates(chosen, names, run.model, run.params, batches)
+            forms = mixed(found, 32 * keep, flag="keep")
+        made = factorize(chosen, forms, run.model, run.params, batches if forms else [])
+        values: dict[str, Any] = {"config.weights.forms": made.forms()}
+        if embedding_rank is not None:
+            for name, array in factor_tables(run.experiment.model, arrays, embedding_rank).items():
+                made.put_array(name, array)
+            values["config.model.embed_rank"] = embedding_rank
+        new_config, model = compressed_model(run, values)
+        params = made.finished(model, run.mesh)
+        what = {"method": f"factorize {chosen.method}", "rank": rank, "keep": keep, "rows": rows}
+        report(out, dense, write_run(run, new_config, params, out, what))

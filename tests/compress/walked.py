@@ -1,0 +1,65 @@
+"""A small dense model with calibration text, and what compression makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import ModelConfig
+from parallel.forms import read_form
+from parallel.precision import PrecisionConfig
+from parallel.remat import FORWARD, RematConfig
+from tests.small import DECODER, Laid, initial_params, layout
+from training.naming import named
+from training.step import loss_and_grads
+from training.stored import WeightsConfig, stored
+
+PLAIN = replace(DECODER, dropout=0.0)
+LAYOUTS = [dict(fsdp=8), dict(data=2, tensor=4)]
+
+
+@dataclass(frozen=True)
+class Walked:
+    """A model on one layout, with its parameters and calibration text."""
+
+    laid: Laid
+    config: ModelConfig
+    params: Any
+    batches: list[Any]
+
+    def forms(self, name: str, only: str = "stack/") -> dict[str, Any]:
+        """One form for all matrices of the stack whose names have `only` in them."""
+        from compress.walk import matrices_of
+
+        form = read_form(name, "form")
+        layers = self.config.layers
+        return {n: [form] * layers for n in matrices_of(self.laid.model) if only in n}
+
+    def stored(self, forms: dict[str, str]) -> Laid:
+        """The model of a result."""
+        return replace(self.laid, model=stored(self.laid.model, WeightsConfig(forms)))
+
+
+@contextmanager
+def walked(config: ModelConfig = PLAIN, seed: int = 1, **sizes: int) -> Iterator[Walked]:
+    with layout(config=config, remat=RematConfig(FORWARD), **sizes) as laid:
+        params = laid.params(initial_params(config))
+        batches = [laid.batch(seed + i) for i in range(2)]
+        yield Walked(laid, config, params, batches)
+
+
+def loss_of(laid: Laid, params: Any, seed: int = 0) -> float:
+    metrics, _ = jax.jit(loss_and_grads(laid.model, PrecisionConfig()))(
+        params, laid.batch(seed), None, jnp.float32(1)
+    )
+    return float(metrics["loss"])
+
+
+def numpy_of(tree: Any) -> dict[str, np.ndarray]:
+    return {name: np.asarray(array) for name, array in named(tree).items()}
