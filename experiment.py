@@ -43,6 +43,7 @@ from training.losses import LossConfig
 from training.metrics import LoggingConfig
 from training.objectives import check_objective, make_model
 from training.optim import OptimizerConfig
+from training.sparsity import SparsityConfig
 from training.state import Model
 from training.stored import WeightsConfig, stored
 
@@ -95,6 +96,7 @@ class Experiment:
     remat: RematConfig
     data: DataConfig
     optimizer: OptimizerConfig
+    sparsity: SparsityConfig
     objective: ObjectiveConfig
     loss: LossConfig
     train: TrainConfig
@@ -238,6 +240,7 @@ class Experiment:
             rules=self.rules(),
             pipeline=self.pipeline if self.staged else None,
             source_length=self.source_length,
+            sparsity=self.sparsity,
             distill=self.distill,
             teacher=teacher,
         )
@@ -338,6 +341,7 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         remat=build(RematConfig, config.remat, "config.remat"),
         data=build(DataConfig, config.data, "config.data"),
         optimizer=build(OptimizerConfig, config.optimizer, "config.optimizer"),
+        sparsity=build(SparsityConfig, config.sparsity, "config.sparsity"),
         objective=build(ObjectiveConfig, config.objective, "config.objective"),
         loss=build(LossConfig, config.loss, "config.loss"),
         train=build(TrainConfig, config.train, "config.train"),
@@ -352,6 +356,7 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
     check_objective(experiment.model, experiment.objective)
     check_adapter(experiment)
     if training:
+        experiment.sparsity.check_run(experiment.train.steps)
         check_optimizer(experiment)
     if experiment.mesh.expert > 1 and not experiment.model.experts.number:
         raise ValueError(

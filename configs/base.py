@@ -200,6 +200,16 @@ def get_config() -> ConfigDict:
     optimizer.stochastic_rounding = False  # with precision.params bfloat16: small updates add up
     optimizer.clip_norm = 1.0  # gradients with a larger global norm are scaled down to it; 0: off
 
+    config.sparsity = sparsity = ConfigDict()  # training/sparsity.py; docs/pruning.md
+    sparsity.target = 0.0  # share of zeros in the end, in (0, 1); 0: none are made
+    sparsity.hold = False  # zeros of the start stay: a pruned checkpoint is trained further
+    sparsity.names = ()  # patterns of matrices: ("stack/*/mlp/*",); (): all of the layers
+    sparsity.begin = 0  # step of the first zeros
+    sparsity.end = 0  # of the last; the same: all at once. Between them the share rises cubically
+    sparsity.every = 100  # steps between two changes
+    sparsity.scope = "layer"  # layer (each matrix of each layer alike) | global (all together)
+    sparsity.pattern = "unstructured"  # unstructured | 2:4 (two of every four rows; target 0.5)
+
     config.objective = objective = ConfigDict()  # data/objective.py
     objective.name = "causal_lm"  # causal_lm | prefix_lm (a prefix of each row sees itself whole) |
     #      masked_lm | span_corruption | seq2seq | captioning | classification; docs/objectives.md
