@@ -25,6 +25,7 @@ from memory.plan import GIB, Row, gib, plan, remedies
 from memory.plan_text import verdict
 from memory.search import best_of, fallbacks, nothing_fits
 from parallel.targets import Target, local_target
+from run_adapters import AdapterCheckpoints, checkpoints_of
 from teacher import check_same_teacher
 from training.checkpoint import Checkpoints
 from training.naming import TRAINING_ONLY
@@ -120,6 +121,25 @@ def summary(row: Row) -> str:
     return f"{total} of {limit} GiB per device predicted ({named})"
 
 
+def beginning(
+    checkpoints: Checkpoints,
+    workdir: Path,
+    experiment: Experiment,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Checkpoints, Callable[[], Tree | None]]:
+    """The checkpoints of a run, and what reads the parameters that a new one begins from.
+
+    Raises:
+      ValueError: of `initial_params`.
+    """
+    kept = experiment.checkpoint
+    own = checkpoints_of(checkpoints, workdir, kept, experiment, model, mesh)
+    if isinstance(own, AdapterCheckpoints):
+        return own, own.begun
+    return own, initial_params(experiment, model, mesh)
+
+
 def initial_params(
     experiment: Experiment, model: Model, mesh: jax.sharding.Mesh
 ) -> Callable[[], Tree | None]:
@@ -165,10 +185,10 @@ def check_trainable(checkpoints: Checkpoints, workdir: Path) -> None:
       ValueError: its newest checkpoint has parameters alone.
     """
     step = checkpoints.latest()
-    if step is not None and "compressed" in checkpoints.metadata(step):
+    if step is not None and checkpoints.metadata(step).keys() & {"compressed", "merged"}:
         raise ValueError(
-            f"--workdir={workdir}: a compressed run has parameters and no optimizer state; train "
-            f"it in a new --workdir, with --config=FILE and --config.init_from={workdir}"
+            f"--workdir={workdir}: python -m compress wrote it, without an optimizer's state; "
+            f"train it in a new --workdir, with --config=FILE and --config.init_from={workdir}"
         )
 
 

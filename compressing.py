@@ -100,6 +100,11 @@ def opened(config: ConfigDict, workdir: Path, step: int | None, out: Path) -> It
         raise ValueError(f"--out={out}: is there already; give a folder that is not")
     experiment = read_experiment(config, jax.device_count(), training=False)
     experiment = replace(experiment, remat=RematConfig(FORWARD))
+    if experiment.adapter.method:
+        raise ValueError(
+            f"--workdir={workdir}: a run of adapters ({experiment.adapter.method}); give what "
+            f"python -m compress merge makes of it, or its config.adapter.base"
+        )
     if experiment.mesh.pipe > 1:
         raise ValueError(
             f"config.mesh.pipe = {experiment.mesh.pipe}: compression knows no stages; give "

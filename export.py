@@ -35,12 +35,13 @@ def main(
     """Config, mesh, parameters, folder."""
     import jax  # here: a typo on the command line costs no import
 
-    from config_border import is_run, with_values
+    from config_border import is_run
     from experiment import read_experiment
     from hf.exporting import GB, export_params, refuse_existing
     from hf.files import open_folder
     from parallel.mesh import make_mesh
     from run_params import saved_params
+    from training.adapters import merged
     from training.stored import dense_params
 
     if jax.process_count() > 1:
@@ -59,18 +60,19 @@ def main(
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         model = experiment.build_model()
-        read = saved_params(experiment, model, mesh, workdir, step, None)
-        params, axes = read.params, model.axes
-        if experiment.weights.forms:
-            params = dense_params(params, axes)
-            dense = with_values(config, {"config.weights.forms": {}})
-            axes = read_experiment(dense, jax.device_count(), training=False).build_model().axes
+        params, found, _ = saved_params(experiment, model, mesh, workdir, step, None)
+        if experiment.adapter.method:
+            params = merged(model, params, experiment.adapter)
+            model = experiment.build_dense()
+        elif experiment.weights.forms:
+            params = dense_params(params, model.axes)
+            model = experiment.build_dense()
             print(f"note: {workdir} is compressed (config.weights.forms), and {out} is dense")
         special, files = ({}, {}) if source is not None else tokenizer_of(experiment, workdir)
         architecture = export_params(
             params,
             experiment.model,
-            axes,
+            model.axes,
             out,
             like=source,
             dtype=dtype,
@@ -78,7 +80,7 @@ def main(
             special=special,
             files=files,
         )
-    print(f"{workdir}: step {read.step} as {architecture} in {out}")
+    print(f"{workdir}: step {found} as {architecture} in {out}")
 
 
 def tokenizer_of(experiment: Any, workdir: Path) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -56,12 +56,11 @@ class Factorize:
         if self.method == "svd" or inputs is None:
             return np.eye(rows), np.eye(rows)
         if self.method == "asvd":
-            mean: Any = np.asarray(inputs.sizes, np.float64)
-            floor = 1e-6 * float(np.max(mean, initial=1e-24))
-            scale = np.maximum(mean, floor) ** self.exponent
+            mean = np.asarray(inputs.sizes, np.float64)
+            scale = np.maximum(mean, 1e-6 * float(mean.max(initial=1e-24))) ** self.exponent
             return np.diag(scale), np.diag(1 / scale)
         squares, vectors = np.linalg.eigh(np.array(inputs.moment, np.float64))
-        root = np.sqrt(np.maximum(squares, FLOOR * max(squares[-1], 1e-30)))
+        root = np.sqrt(np.maximum(squares, FLOOR * max(float(squares[-1]), 1e-30)))
         return root[:, None] * vectors.T, vectors / root
 
     def factors(

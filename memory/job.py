@@ -32,10 +32,12 @@ from training.losses import LossConfig
 from training.objectives import make_model
 from training.optim import Optimizer, OptimizerConfig, make_optimizer
 from training.schedules import make_schedule
+from training.sparsity import SparsityConfig, make_sparsity
 from training.state import Model, placed_params
 from training.step import Step, make_step
 
 NO_TEACHER = DistillConfig()
+NO_PRUNING = SparsityConfig()
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Job:
     rules: Rules
     pipeline: PipelineConfig | None = None
     source_length: int = 0
+    sparsity: SparsityConfig = NO_PRUNING
     distill: DistillConfig = NO_TEACHER
     teacher: Job | None = None
 
@@ -191,7 +194,9 @@ class Job:
                 self.model.vocab_size,
                 self.loss,
             )
-        optimizer = make_optimizer(self.optimizer, self.steps, model.trained(model.axes))
+        sparsity = make_sparsity(self.sparsity, model)
+        trained = model.trained(model.axes)
+        optimizer = make_optimizer(self.optimizer, self.steps, trained, sparsity.names)
         schedule = make_schedule(self.optimizer, self.steps)
         step = make_step(
             model,
@@ -202,6 +207,7 @@ class Job:
             micro_steps=self.micro_steps,
             stochastic=self.optimizer.stochastic_rounding,
             distillation=told,
+            sparsity=sparsity,
         )
         return model, optimizer, step
 
