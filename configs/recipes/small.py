@@ -1,0 +1,27 @@
+"""A smaller model in two stages: matrices as thin factors, then recovery by distillation.
+
+    python -m compress recipe --workdir=runs/dense --out=runs/recipe \
+        --recipe=configs/recipes/small.py
+
+A stage is a method of `python -m compress` with its flags, or `train` with keys of the config:
+it begins from the stage before, with the dense run's data and settings where none are given.
+"{dense}" stands for that run's folder, "{previous}" for the last stage's.
+"""
+
+from typing import Any
+
+
+def get_config() -> tuple[tuple[str, dict[str, Any]], ...]:
+    """The stages in order."""
+    return (
+        ("factorize", {"keep": 0.6}),
+        (
+            "train",
+            {
+                "distill.teacher": "{dense}",
+                "train.steps": 100,
+                "optimizer.learning_rate": 5e-4,
+                "optimizer.warmup_steps": 10,
+            },
+        ),
+    )
