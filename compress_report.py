@@ -162,9 +162,18 @@ def measured(experiment: Any, folder: Path, data: Any, prompt: int, tokens: int)
         read = saved_params(experiment, model, mesh, folder, None, None)
         state = read.source / "state"
         disk = sum(file.stat().st_size for file in state.rglob("*") if file.is_file())
-        row = {"step": read.step, "disk_bytes": disk} | sizes(experiment, model, read.params)
+        row = {"step": read.step, "disk_bytes": disk, "optimizer_on_disk": training_state(read)}
+        row |= sizes(experiment, model, read.params)
         row |= evaluated(experiment, model, mesh, data, read.params)
         return row | decoded(experiment, model, mesh, data, read.params, prompt, tokens)
+
+
+def training_state(read: Any) -> bool:
+    """Whether a checkpoint has more than parameters."""
+    from training.checkpoint import Checkpoints
+
+    _, tensors = Checkpoints(read.source.parent).tensors(read.step)
+    return not all(name.startswith("params/") for name in tensors)
 
 
 def sizes(experiment: Any, model: Any, params: Any) -> Row:
@@ -307,6 +316,7 @@ def write(out: Path, rows: Sequence[Row], dense: Path) -> None:
     end = (
         f"Changes are against `{dense}` on the same held-out rows. Bits a parameter: all arrays, "
         f"over the dense run's parameters; bits a matrix weight: those of a run's own matrices. "
+        f"Disk: the checkpoint's arrays, with * those of the optimizer, too. "
         f"Speeds are medians of {TIMES} on {machines}."
     )
     (out / "report.md").write_text("\n".join([*table, "", end]) + "\n")
@@ -317,7 +327,8 @@ def shown(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if value is None:
         return "-"
-    return COLUMNS[name][1].format(value / MIB if name.endswith("_bytes") else value)
+    text = COLUMNS[name][1].format(value / MIB if name.endswith("_bytes") else value)
+    return f"{text} *" if name == "disk_bytes" and row["optimizer_on_disk"] else text
 
 
 def picture(rows: Sequence[Row], file: Path) -> bool:

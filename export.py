@@ -101,13 +101,14 @@ def tokenizer_of(experiment: Any, workdir: Path) -> tuple[dict[str, Any], dict[s
     return {"eos_token_id": tokenizer.end_id}, files
 
 
+FLAGS = (
+    cli.Flag("out", Path, None, "the folder to write; it is not there yet", required=True),
+    cli.Flag("step", int, None, "the step to write; default: the newest"),
+    cli.Flag("like", Path, None, "a checkpoint of the same family to follow in all else"),
+    cli.Flag("dtype", str, None, "of the weights; default: that of --like, or float32", DTYPES),
+    cli.Flag("shard_gb", float, 5.0, "GB of a file, at most"),
+)
+
 if __name__ == "__main__":
     use_huge_pages()
-    flags = [
-        cli.Flag("out", Path, None, "the folder to write; it is not there yet", required=True),
-        cli.Flag("step", int, None, "the step to write; default: the newest"),
-        cli.Flag("like", Path, None, "a checkpoint of the same family to follow in all else"),
-        cli.Flag("dtype", str, None, "of the weights; default: that of --like, or float32", DTYPES),
-        cli.Flag("shard_gb", float, 5.0, "GB of a file, at most"),
-    ]
-    cli.run(main, name="export.py", about=__doc__, config_from="workdir", flags=flags)
+    cli.run(main, name="export.py", about=__doc__, config_from="workdir", flags=FLAGS)

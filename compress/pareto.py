@@ -37,11 +37,13 @@ def front(points: Sequence[Point]) -> list[Point]:
 def draw(dense: Point, others: Sequence[Point], axes: tuple[str, str], file: Path) -> bool:
     """Writes a PNG: every model, the front, the dense one marked; False without matplotlib."""
     try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import NullLocator, ScalarFormatter
     except ImportError:
         return False
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)  # measures labels
     panel = figure.add_subplot()
     best = front([dense, *others])
     panel.plot(
@@ -62,7 +64,7 @@ def draw(dense: Point, others: Sequence[Point], axes: tuple[str, str], file: Pat
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, loc="upper right")
-    _label(figure, panel, [dense, *others])
+    _label(figure, panel, sorted([dense, *others], key=lambda p: -p.loss))
     figure.savefig(file)
     return True
 
