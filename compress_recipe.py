@@ -82,6 +82,7 @@ def main(config: Any, workdir: Path, out: Path, recipe: str, stage: int | None) 
         if is_finished(each, folder):
             print(f"{each}: {folder} is there", flush=True)
         else:
+            refuse_later(stages[each.number :], out, each)
             if each.name != TRAIN and len(begun) >= each.number and folder.is_dir():
                 shutil.rmtree(folder)  # a kill left it half written
             begun[each.number - 1 :] = [[each.name, each.settings]]
@@ -215,6 +216,19 @@ def training_config(
     on_base = "config.adapter.base" in own
     values |= {"config.init_from": "" if on_base else start, "config.data.cache": cache}
     return with_values(with_run(with_values(config, values), Path(start), ()), own)
+
+
+def refuse_later(stages: list[Stage], out: Path, again: Stage) -> None:
+    """Refuses to make a stage of which a later one has been made already.
+
+    Raises:
+      ValueError: naming the folder.
+    """
+    for stage in stages:
+        if stage.folder(out).exists():
+            raise ValueError(
+                f"{stage.folder(out)}: was made of another {again}, which is not there; remove it"
+            )
 
 
 def is_finished(stage: Stage, folder: Path) -> bool:

@@ -53,6 +53,7 @@ def main(config: Any, workdir: Path, runs: str, out: Path, prompt: int, tokens: 
     import jax  # here: a typo on the command line costs no import
 
     from experiment import read_experiment
+    from inference import cache_shape, decoding_rules
     from parallel.compilation import keep_compiled
 
     if jax.process_count() > 1:
@@ -66,19 +67,27 @@ def main(config: Any, workdir: Path, runs: str, out: Path, prompt: int, tokens: 
     if not folders:
         raise ValueError(f"--runs={runs}: give folders with a comma between them")
     keep_compiled()
-    configs = [config_of(config, workdir, folder) for folder in (workdir, *folders)]
-    data = read_experiment(config, jax.device_count(), training=False).open_data(workdir)
-    out.mkdir(parents=True, exist_ok=True)
-    layout, machine = "", machine_name()
-    rows: list[Row] = []
-    for folder, own in zip((workdir, *folders), configs, strict=True):
+    experiments = []
+    for folder in (workdir, *folders):  # all that may be wrong, before anything is measured
+        own = config_of(config, workdir, folder)
         experiment = read_experiment(own, jax.device_count(), training=False)
-        layout = experiment.describe_layout()
-        row = {"name": folder.name, "run": str(folder), "layout": layout, "machine": machine}
+        generate = replace(experiment.generate, temperature=0.0, max_new_tokens=tokens)
+        experiments.append(replace(experiment, generate=generate))
+        if experiment.model.family == "decoder":
+            cache_shape(experiments[-1], decoding_rules(experiment), prompt)
+    data = experiments[0].open_data(workdir)
+    out.mkdir(parents=True, exist_ok=True)
+    common = os.path.commonpath([folder.absolute().parent for folder in (workdir, *folders)])
+    layout, machine = experiments[0].describe_layout(), machine_name()
+    rows: list[Row] = []
+    for folder, experiment in zip((workdir, *folders), experiments, strict=True):
+        name = str(folder.absolute().relative_to(common))
+        row = {"name": name, "run": str(folder), "layout": layout, "machine": machine}
         row |= measured(experiment, folder, data, prompt, tokens)
         rows.append(row)
-        print(f"{folder}: {json.dumps({name: row.get(name) for name in COLUMNS})}", flush=True)
-    compare(rows)
+        compare(rows)
+        told = [f"{title} {shown(row, n)}" for n, (title, _) in COLUMNS.items() if n != "layout"]
+        print(f"{folder}: {', '.join(told[1:])}", flush=True)
     write(out, with_others(out / "report.json", rows), workdir)
     if not picture(rows, out / "pareto.png"):
         print("note: no pareto.png, which wants matplotlib; run pip install -e '.[dev]'")
@@ -94,7 +103,7 @@ def config_of(config: Any, dense: Path, folder: Path) -> Any:
     Raises:
       ValueError: that run has no checkpoint, or was made of other text or tokens.
     """
-    from config_border import read_config, with_values
+    from config_border import has_config, read_config, with_values
     from config_sources import OF_THE_MODEL
     from config_types import plain
     from training.checkpoint import Checkpoints
@@ -103,11 +112,14 @@ def config_of(config: Any, dense: Path, folder: Path) -> Any:
         checkpoints = Checkpoints(where / "checkpoints")
         step = checkpoints.latest()
         if step is None:
-            raise ValueError(f"--runs={where}: has no checkpoint; give a run's folder")
+            flag = "--runs" if where != dense else "--workdir"
+            raise ValueError(f"{flag}={where}: has no checkpoint; give a run's folder")
         return checkpoints.metadata(step).get("data")
 
+    where = f"--runs={folder}" if folder != dense else f"--workdir={dense}"
+    if not has_config(folder):
+        raise ValueError(f"{where}: no config.json in it; give a run's folder")
     other = read_config(folder)
-    where = f"--runs={folder}"
     if other.objective.name != config.objective.name:
         raise ValueError(
             f"{where}: config.objective.name = {other.objective.name!r}, and --workdir={dense} has "
@@ -251,11 +263,9 @@ def decoded(
 
     if experiment.model.family != "decoder":
         return {}
-    generate = replace(experiment.generate, temperature=0.0, max_new_tokens=tokens)
-    experiment = replace(experiment, generate=generate)
     with data.held_out(1, rows=np.arange(experiment.data.batch_size)) as loader:
         texts = np.asarray(next(iter(loader))["tokens"])[:, :prompt]
-    rows = [texts[n % len(texts)].tolist() for n in range(generate.batch_size)]
+    rows = [texts[n % len(texts)].tolist() for n in range(experiment.generate.batch_size)]
     weights = decoder_weights(experiment, model, params)
     engine = make_engine(experiment, weights, mesh, prompt, 0)
 

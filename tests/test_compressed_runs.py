@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import pytest
@@ -117,6 +118,9 @@ def test_a_recipe_goes_on_where_it_stopped(dense, tmp_path, here, capsys):
     assert ended(compress, flags) == 0
     assert len(here) == 3
     assert "stage 2 (train): " in capsys.readouterr().out
+    (first / "config.json").unlink()
+    assert ended(compress, flags) == 2  # it would not be what stage 2 began from
+    assert f"{out}/2-train: was made of another stage 1" in capsys.readouterr().err
     file.write_text(RECIPE.replace("STEPS", "3"))
     assert ended(compress, flags) == 2
     assert "give another --out, or the recipe" in capsys.readouterr().err
@@ -172,11 +176,11 @@ def test_a_report_weighs_and_compares(dense, thin, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_report_wants_the_same_text(dense, folder, tmp_path, capsys):
+def test_a_report_wants_the_same_text(dense, tmp_path, capsys):
     other = tmp_path / "other"
-    texts = write_texts(tmp_path / "texts", files=9)
-    keys = dict(model__dropout=0.0, mesh__data=1, mesh__fsdp=2, mesh__tensor=4, train__steps=1)
-    assert training(*arguments(other, texts, **keys)) == 0
+    shutil.copytree(dense, other)
+    file = other / "checkpoints" / "2" / "metadata.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"data": "of other text"}))
     capsys.readouterr()
     flags = [f"--workdir={dense}", f"--runs={other}", f"--out={tmp_path / 'report'}"]
     assert ended(compress, ["report", *flags]) == 2
