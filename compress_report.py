@@ -338,7 +338,7 @@ def shown(row: Mapping[str, Any], name: str) -> str:
     if value is None:
         return "-"
     text = COLUMNS[name][1].format(value / MIB if name.endswith("_bytes") else value)
-    return f"{text} *" if name == "disk_bytes" and row["optimizer_on_disk"] else text
+    return f"{text} *" if name == "disk_bytes" and row.get("optimizer_on_disk") else text
 
 
 def picture(rows: Sequence[Row], file: Path) -> bool:
