@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress import host
 from compress.fold import apply_fold, folds_of, shared_scale
 from compress.gptq import gptq
 from compress.ranges import limit_of
@@ -25,6 +26,7 @@ from parallel.rules import STACKS
 from training.micro_batches import Batch
 from training.naming import named
 from training.state import Model
+from training.stored import dense_layer
 
 Tree = Any
 METHODS = ("rtn", "gptq", "awq", "smoothquant")
@@ -205,4 +207,7 @@ def _rounded(
         inputs=form.inputs,
         limit=limit,
     )
-    return node, np.asarray(node.dense("float32"), np.float32)
+    if code.kind == "nf4":  # its scales are codes, too
+        return node, np.asarray(dense_layer(node))
+    rows = np.repeat(scales, matrix.rows // scales.shape[-2], axis=-2)
+    return node, host.decode(code, codes, rows).reshape(array.shape)

@@ -1,10 +1,11 @@
-"""A smaller model in two stages: matrices as thin factors, then recovery by distillation.
+"""A smaller model in three stages: fewer channels, recovery by distillation, codes of 4 bits.
 
+    python train.py --config=configs/compressed.py --workdir=runs/dense
     python -m compress recipe --workdir=runs/dense --out=runs/recipe \
         --recipe=configs/recipes/small.py
 
-A stage is a method of `python -m compress` with its flags, or `train` with keys of the config:
-it begins from the stage before, with the dense run's data and settings where none are given.
+A stage is a method of `python -m compress` with its flags, or `train` with keys of the config: it
+begins from the stage before, with the dense run's data and settings where none are given.
 "{dense}" stands for that run's folder, "{previous}" for the last stage's.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 def get_config() -> tuple[tuple[str, dict[str, Any]], ...]:
     """The stages in order."""
     return (
-        ("factorize", {"keep": 0.6}),
+        ("shrink", {"mlp_dim": 512}),  # of 768
         (
             "train",
             {
@@ -24,4 +25,5 @@ def get_config() -> tuple[tuple[str, dict[str, Any]], ...]:
                 "optimizer.warmup_steps": 10,
             },
         ),
+        ("quantize", {"form": "int4:128", "method": "gptq"}),
     )
