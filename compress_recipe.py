@@ -263,7 +263,8 @@ def read_record(
             f"overrides; give the same, or another --out"
         )
     for stage, (name, settings) in zip(stages, record["begun"], strict=False):
-        if (stage.name, stage.settings) != (name, settings):
+        left = Stage(stage.number, name, settings).folder(out).exists()  # else it failed at once
+        if left and (stage.name, stage.settings) != (name, settings):
             raise ValueError(
                 f"--recipe={recipe}: {stage} is {stage.settings}, and --out={out} has {name} "
                 f"{settings} there; give another --out, or the recipe that it was begun with"

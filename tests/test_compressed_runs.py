@@ -127,6 +127,22 @@ def test_a_recipe_goes_on_where_it_stopped(dense, tmp_path, here, capsys):
 
 
 @pytest.mark.slow
+def test_a_stage_that_failed_at_once_may_be_changed(dense, tmp_path, monkeypatch):
+    file, tried = tmp_path / "recipe.py", []
+
+    def run(command, stage):
+        tried.append(stage.settings["rank"])
+        raise ValueError("it fails")
+
+    monkeypatch.setattr(compress_recipe, "run", run)
+    for rank in (99, 4):
+        file.write_text(f"def get_config():\n    return [('factorize', {{'rank': {rank}}})]\n")
+        flags = ["recipe", f"--workdir={dense}", f"--out={tmp_path / 'o'}", f"--recipe={file}"]
+        assert ended(compress, flags) == 2
+    assert tried == [99, 4]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
