@@ -66,6 +66,11 @@ def main(config: Any, workdir: Path, runs: str, out: Path, prompt: int, tokens: 
     folders = [Path(part.strip()) for part in runs.split(",") if part.strip()]
     if not folders:
         raise ValueError(f"--runs={runs}: give folders with a comma between them")
+    if prompt + tokens > config.model.max_length:
+        raise ValueError(
+            f"--tokens={tokens}: with --prompt={prompt} more than config.model.max_length = "
+            f"{config.model.max_length}"
+        )
     keep_compiled()
     experiments = []
     for folder in (workdir, *folders):  # all that may be wrong, before anything is measured

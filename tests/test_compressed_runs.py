@@ -15,6 +15,8 @@ import evaluate
 import export
 import train
 from compress.__main__ import run as compress
+from config_border import load_config, write_config
+from tests.processes import ROOT
 from tests.runs import arguments, saved_steps, write_texts
 
 RECIPE = """
@@ -126,6 +128,16 @@ def test_a_recipe_goes_on_where_it_stopped(dense, tmp_path, here, capsys):
     assert "give another --out, or the recipe" in capsys.readouterr().err
 
 
+def test_shipped_recipes_are_taken(tmp_path):
+    config = load_config(str(ROOT / "configs" / "compressed.py"))
+    write_config(tmp_path, config)
+    files = sorted((ROOT / "configs" / "recipes").glob("*.py"))
+    assert files
+    for file in files:
+        for stage in compress_recipe.read_stages(str(file)):
+            compress_recipe.check(stage, config, tmp_path, str(file))
+
+
 @pytest.mark.slow
 def test_a_stage_that_failed_at_once_may_be_changed(dense, tmp_path, monkeypatch):
     file, tried = tmp_path / "recipe.py", []
@@ -200,6 +212,10 @@ def test_a_report_wants_the_same_text(dense, tmp_path, capsys):
     capsys.readouterr()
     flags = [f"--workdir={dense}", f"--runs={other}", f"--out={tmp_path / 'report'}"]
     assert ended(compress, ["report", *flags]) == 2
+    assert capsys.readouterr().err == (
+        "error: --tokens=32: with --prompt=16 more than config.model.max_length = 32\n"
+    )
+    assert ended(compress, ["report", *flags, "--tokens=8"]) == 2
     assert capsys.readouterr().err == (
         f"error: --runs={other}: its text or its tokenizer is not that of --workdir={dense}; runs "
         f"are compared on the same held-out rows\n"

@@ -9,10 +9,8 @@ begins from the stage before, with the dense run's data and settings where none 
 "{dense}" stands for that run's folder, "{previous}" for the last stage's.
 """
 
-from typing import Any
 
-
-def get_config() -> tuple[tuple[str, dict[str, Any]], ...]:
+def get_config() -> tuple[tuple[str, dict[str, object]], ...]:
     """The stages in order."""
     return (
         ("shrink", {"mlp_dim": 512}),  # of 768
