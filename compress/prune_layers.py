@@ -89,15 +89,14 @@ def prune(
       params: master parameters; they stay.
       batches: calibration text; none for magnitude.
     """
-    result = Result(model, params)
-    form = Form("2:4")
+    result, form = Result(model, params), Form("2:4")
+    packed = jax.jit(lambda matrix, w: form.store(matrix, matrix.flat(w)), static_argnums=0)
 
     def put(name: str, layer: int, w: np.ndarray) -> None:
         if how.packed:
             matrix = result.matrix(name)
             form.check(matrix, f"--pattern=2:4: {name}")
-            node = form.store(matrix, jnp.asarray(matrix.flat(jnp.asarray(w))))
-            result.put(name, layer, node, form)
+            result.put(name, layer, packed(matrix, jnp.asarray(w)), form)
         else:
             result.put(name, layer, w)
 

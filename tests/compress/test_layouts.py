@@ -47,6 +47,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_on_every_layout(name):
     method, share = METHODS[name]
