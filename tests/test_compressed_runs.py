@@ -129,7 +129,7 @@ def test_a_recipe_goes_on_where_it_stopped(dense, tmp_path, here, capsys):
 
 
 def test_shipped_recipes_are_taken(tmp_path):
-    config = load_config(str(ROOT / "configs" / "compressed.py"))
+    config = load_config(str(ROOT / "benchmarks" / "dense.py"))
     write_config(tmp_path, config)
     files = sorted((ROOT / "configs" / "recipes").glob("*.py"))
     assert files

@@ -1,6 +1,6 @@
 """A smaller model in three stages: fewer channels, recovery by distillation, codes of 4 bits.
 
-    python train.py --config=configs/compressed.py --workdir=runs/dense
+    python train.py --config=benchmarks/dense.py --workdir=runs/dense
     python -m compress recipe --workdir=runs/dense --out=runs/recipe \
         --recipe=configs/recipes/small.py
 
