@@ -20,7 +20,12 @@ from configs import base
 
 Source = Literal["file", "workdir", "workdir or checkpoint"]
 TOKENIZER = "tokenizer.json"
-OF_THE_MODEL = ("model", "experts", "vision", "weights")  # sections that say what parameters there are
+OF_THE_MODEL = (
+    "model",
+    "experts",
+    "vision",
+    "weights",
+)  # sections that say what parameters there are
 
 
 def config_of(

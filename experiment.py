@@ -36,6 +36,7 @@ from training.losses import LossConfig
 from training.metrics import LoggingConfig
 from training.objectives import check_objective, make_model
 from training.optim import OptimizerConfig
+from training.rounded import QuantizeConfig, rounded
 from training.state import Model
 from training.stored import WeightsConfig, stored
 
@@ -78,6 +79,7 @@ class Experiment:
     init_drop: tuple[str, ...]  # of those in it that are left out
     model: ModelConfig
     weights: WeightsConfig
+    quantize: QuantizeConfig
     mesh: MeshConfig
     parallel: ParallelConfig
     pipeline: PipelineConfig
@@ -149,12 +151,13 @@ class Experiment:
         """The model as pure functions under this layout; call it inside `jax.set_mesh`.
 
         Raises:
-          ValueError: `config.weights` or `config.optimizer.frozen` is of other parameters.
+          ValueError: `config.weights`, `config.quantize` or `config.optimizer.frozen` is of other
+        parameters.
         """
         pipeline = self.pipeline if self.staged else None
         rules, frozen = self.rules(), self.optimizer.frozen if self.training else ()
         made = make_model(self.model, self.objective, self.loss, rules, self.remat, pipeline)
-        made = freeze(stored(made, self.weights), frozen)
+        made = rounded(freeze(stored(made, self.weights), frozen), self.quantize)
         if self.teacher is None:
             return made
         widths = self.model.embed_dim, self.teacher.model.embed_dim
@@ -260,6 +263,7 @@ class Experiment:
         notes += config_checks.without_effect(self.model)
         notes += self.objective.without_effect()
         notes += self.distill.without_effect()
+        notes += self.quantize.without_effect(backend)
         notes += agree.without_effect(self.data, self.objective)
         if self.loss.z_loss and not self.model.token_head:
             notes.append("config.loss.z_loss has no effect: no token is predicted")
@@ -303,6 +307,7 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         init_drop=fit(config.init_drop, tuple[str, ...], "config.init_drop"),
         model=read_model(config),
         weights=build(WeightsConfig, config.weights, "config.weights"),
+        quantize=build(QuantizeConfig, config.quantize, "config.quantize"),
         mesh=build(MeshConfig, config.mesh, "config.mesh").resolve(device_count),
         parallel=build(ParallelConfig, config.parallel, "config.parallel"),
         pipeline=build(PipelineConfig, config.pipeline, "config.pipeline"),
