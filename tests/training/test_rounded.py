@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.small import DECODER, MIXTURE, initial_params, layout
+from tests.small import DECODER, initial_params, layout
 from tests.training.test_stored import compressed, loss_of, stored_layout
 from training.rounded import QuantizeConfig, rounded
 from training.stored import dense_params
