@@ -216,6 +216,7 @@ class Experiment:
             source_length=self.source_length,
             distill=self.distill,
             teacher=teacher,
+            quantize=self.quantize,
         )
 
     @property
