@@ -25,6 +25,7 @@ from memory.plan import GIB, Row, gib, plan, remedies
 from memory.plan_text import verdict
 from memory.search import best_of, fallbacks, nothing_fits
 from parallel.targets import Target, local_target
+from run_adapters import AdapterCheckpoints, checkpoints_of
 from teacher import check_same_teacher
 from training.checkpoint import Checkpoints
 from training.naming import TRAINING_ONLY
@@ -118,6 +119,25 @@ def summary(row: Row) -> str:
     named = ", ".join(f"{name} {gib(size)}" for name, size in largest)
     total, limit = gib(grade["total_bytes"]), gib(row["limit_bytes"])
     return f"{total} of {limit} GiB per device predicted ({named})"
+
+
+def beginning(
+    checkpoints: Checkpoints,
+    workdir: Path,
+    experiment: Experiment,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Checkpoints, Callable[[], Tree | None]]:
+    """The checkpoints of a run, and what reads the parameters that a new one begins from.
+
+    Raises:
+      ValueError: of `initial_params`.
+    """
+    kept = experiment.checkpoint
+    own = checkpoints_of(checkpoints, workdir, kept, experiment, model, mesh)
+    if isinstance(own, AdapterCheckpoints):
+        return own, own.begun
+    return own, initial_params(experiment, model, mesh)
 
 
 def initial_params(

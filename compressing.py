@@ -102,6 +102,11 @@ def opened(config: ConfigDict, workdir: Path, step: int | None, out: Path) -> It
     config = with_values(config, {"config.quantize.forms": {}})
     experiment = read_experiment(config, jax.device_count(), training=False)
     experiment = replace(experiment, remat=RematConfig(FORWARD))
+    if experiment.adapter.method:
+        raise ValueError(
+            f"--workdir={workdir}: a run of adapters ({experiment.adapter.method}); give what "
+            f"python -m compress merge makes of it, or its config.adapter.base"
+        )
     if experiment.mesh.pipe > 1:
         raise ValueError(
             f"config.mesh.pipe = {experiment.mesh.pipe}: compression knows no stages; give "

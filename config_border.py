@@ -33,6 +33,7 @@ FREE_SECTIONS = (
     *("mesh", "parallel", "pipeline", "remat"),
 )
 FREE_KEYS = (
+    "config.adapter.base",  # a fingerprint says which it is
     "config.data.cache",
     "config.data.eval_path",
     "config.data.prefetch_mib",
@@ -147,7 +148,7 @@ def is_run(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / "checkpoints").is_dir()
 
 
-def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
+def read_config(workdir: str | os.PathLike[str], key: str = "--workdir") -> ConfigDict:
     """The config that `write_config` left; keys that are newer than it have their default.
 
     Raises:
@@ -155,7 +156,7 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     """
     file = Path(workdir) / FILE
     if not file.is_file():
-        raise ValueError(f"--workdir={workdir}: no {FILE} in it; give a folder that train.py wrote")
+        raise ValueError(f"{key}={workdir}: no {FILE} in it; give a folder that train.py wrote")
     try:
         given = json.loads(file.read_text())
     except ValueError as error:

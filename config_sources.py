@@ -20,12 +20,8 @@ from configs import base
 
 Source = Literal["file", "workdir", "workdir or checkpoint"]
 TOKENIZER = "tokenizer.json"
-OF_THE_MODEL = (
-    "model",
-    "experts",
-    "vision",
-    "weights",
-)  # sections that say what parameters there are
+# Sections that say what parameters there are, and in what form.
+OF_THE_MODEL = ("model", "experts", "vision", "weights")
 
 
 def config_of(
@@ -76,6 +72,10 @@ def from_file(where: str, overrides: Sequence[str]) -> ConfigDict:
     """The config of a file, its checkpoint put in if it names one, overridden."""
     loaded = load_config(where)
     config = override(loaded, overrides)
+    if config.adapter.method and config.adapter.base and not config.init_from:
+        folder = Path(config.adapter.base)
+        check_base(folder)
+        return with_run(loaded, folder, overrides, "config.adapter.base")
     if not config.init_from:
         for key in ("init_new", "init_drop"):
             if config[key]:
@@ -132,7 +132,38 @@ def with_checkpoint(
     return override(with_values(config, values), overrides)
 
 
-def with_run(config: ConfigDict, folder: Path, overrides: Sequence[str]) -> ConfigDict:
+def check_base(folder: Path) -> None:
+    """Refuses a folder that adapters cannot be trained on.
+
+    Raises:
+      ValueError: it is no run, or a run of adapters itself.
+    """
+    where = f"config.adapter.base = '{folder}'"
+    if not is_run(folder) or not has_config(folder):
+        raise ValueError(
+            f"{where}: no run's folder, with config.json and checkpoints/; give one that train.py "
+            f"or compress wrote"
+        )
+    refuse_adapters(read_config(folder), folder, "config.adapter.base")
+
+
+def refuse_adapters(other: ConfigDict, folder: Path, key: str) -> None:
+    """Refuses a run whose checkpoints are not of a whole model.
+
+    Raises:
+      ValueError: it is one of adapters.
+    """
+    if other.adapter.method:
+        raise ValueError(
+            f"{key} = '{folder}': its checkpoints hold adapters alone ({other.adapter.method}); "
+            f"merge them first, python -m compress merge --workdir={folder} --out=DIR, and give "
+            f"that folder"
+        )
+
+
+def with_run(
+    config: ConfigDict, folder: Path, overrides: Sequence[str], key: str = "config.init_from"
+) -> ConfigDict:
     """The config with the model and the tokeniser of another run, overridden.
 
     What a run chooses for itself (`OF_THE_RUN`: dropout, form of attention) it keeps.
@@ -144,15 +175,16 @@ def with_run(config: ConfigDict, folder: Path, overrides: Sequence[str]) -> Conf
 
     if not has_config(folder):
         raise ValueError(
-            f"config.init_from = '{folder}': it has checkpoints/ and no config.json; give a folder "
-            f"that train.py wrote"
+            f"{key} = '{folder}': it has checkpoints/ and no config.json; give a folder that "
+            f"train.py wrote"
         )
     other = read_config(folder)
+    refuse_adapters(other, folder, key)
     values = {
-        f"config.{section}.{key}": value
+        f"config.{section}.{name}": value
         for section in OF_THE_MODEL
-        for key, value in plain(other[section]).items()
-        if key not in OF_THE_RUN
+        for name, value in plain(other[section]).items()
+        if name not in OF_THE_RUN
     }
     tokenizer = other.data.tokenizer
     values["config.data.tokenizer"] = str(folder / TOKENIZER) if tokenizer == "bpe" else tokenizer

@@ -13,7 +13,13 @@ from data import agree
 from data.config import DataConfig
 from data.objective import ObjectiveConfig
 from data.parts import ImageShape
-from experiment_checks import check_images, check_optimizer, check_pipeline, divided
+from experiment_checks import (
+    check_adapter,
+    check_images,
+    check_optimizer,
+    check_pipeline,
+    divided,
+)
 from experiment_teacher import check_teacher, teacher_config
 from generation.config import GenerateConfig
 from memory.job import Job
@@ -28,6 +34,7 @@ from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
 from parallel.remat import CROSS_TENSORS, EXPERT_TENSORS, RematConfig
 from parallel.rules import ParallelConfig, Rules, make_rules
+from training.adapters import AdapterConfig, adapted
 from training.checkpoint import CheckpointConfig
 from training.distill import Distillation, DistillConfig, with_projection
 from training.evaluation import EvalConfig, results
@@ -37,6 +44,7 @@ from training.metrics import LoggingConfig
 from training.objectives import check_objective, make_model
 from training.optim import OptimizerConfig
 from training.rounded import QuantizeConfig, rounded
+from training.sparsity import SparsityConfig
 from training.state import Model
 from training.stored import WeightsConfig, stored
 
@@ -44,6 +52,8 @@ if TYPE_CHECKING:
     from data.dataset import Data
 
 LAYOUTS = ("given", "auto")
+# The planner knows what is frozen and no adapters, which are small: gains of norms stand for them.
+BUT_GAINS = ("*[!n]", "*[!i]n")
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class Experiment:
     model: ModelConfig
     weights: WeightsConfig
     quantize: QuantizeConfig
+    adapter: AdapterConfig
     mesh: MeshConfig
     parallel: ParallelConfig
     pipeline: PipelineConfig
@@ -87,6 +98,7 @@ class Experiment:
     remat: RematConfig
     data: DataConfig
     optimizer: OptimizerConfig
+    sparsity: SparsityConfig
     objective: ObjectiveConfig
     loss: LossConfig
     train: TrainConfig
@@ -151,17 +163,32 @@ class Experiment:
         """The model as pure functions under this layout; call it inside `jax.set_mesh`.
 
         Raises:
-          ValueError: `config.weights`, `config.quantize` or `config.optimizer.frozen` is of other
-        parameters.
+          ValueError: `config.weights`, `config.quantize`, `config.adapter` or
+            `config.optimizer.frozen` is of other parameters.
         """
-        pipeline = self.pipeline if self.staged else None
-        rules, frozen = self.rules(), self.optimizer.frozen if self.training else ()
-        made = make_model(self.model, self.objective, self.loss, rules, self.remat, pipeline)
-        made = rounded(freeze(stored(made, self.weights), frozen), self.quantize)
+        frozen = self.optimizer.frozen if self.training else ()
+        made = freeze(adapted(self._stored(self.model), self.adapter), frozen)
+        made = rounded(made, self.quantize)
         if self.teacher is None:
             return made
         widths = self.model.embed_dim, self.teacher.model.embed_dim
         return with_projection(made, self.distill, *widths)
+
+    def build_base(self) -> Model:
+        """The model that adapters are on."""
+        return self._stored(replace(self.model, prefix_length=0))
+
+    def build_dense(self) -> Model:
+        """The model with every weight as one array, and without adapters."""
+        return self._made(replace(self.model, prefix_length=0))
+
+    def _stored(self, config: ModelConfig) -> Model:
+        return stored(self._made(config), self.weights)
+
+    def _made(self, config: ModelConfig) -> Model:
+        pipeline = self.pipeline if self.staged else None
+        rules = self.rules()
+        return make_model(config, self.objective, self.loss, rules, self.remat, pipeline)
 
     def distillation(self, student: Model) -> Distillation | None:
         """What the step of `build_model()` is told of a teacher; call it inside `jax.set_mesh`."""
@@ -204,7 +231,9 @@ class Experiment:
             parallel=self.parallel,
             precision=self.precision,
             remat=self.remat,
-            optimizer=self.optimizer,
+            optimizer=replace(self.optimizer, frozen=BUT_GAINS)
+            if self.adapter.method
+            else self.optimizer,
             objective=self.objective,
             loss=self.loss,
             batch_size=self.data.batch_size,
@@ -214,6 +243,7 @@ class Experiment:
             rules=self.rules(),
             pipeline=self.pipeline if self.staged else None,
             source_length=self.source_length,
+            sparsity=self.sparsity,
             distill=self.distill,
             teacher=teacher,
             quantize=self.quantize,
@@ -309,6 +339,7 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         model=read_model(config),
         weights=build(WeightsConfig, config.weights, "config.weights"),
         quantize=build(QuantizeConfig, config.quantize, "config.quantize"),
+        adapter=build(AdapterConfig, config.adapter, "config.adapter"),
         mesh=build(MeshConfig, config.mesh, "config.mesh").resolve(device_count),
         parallel=build(ParallelConfig, config.parallel, "config.parallel"),
         pipeline=build(PipelineConfig, config.pipeline, "config.pipeline"),
@@ -316,6 +347,7 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         remat=build(RematConfig, config.remat, "config.remat"),
         data=build(DataConfig, config.data, "config.data"),
         optimizer=build(OptimizerConfig, config.optimizer, "config.optimizer"),
+        sparsity=build(SparsityConfig, config.sparsity, "config.sparsity"),
         objective=build(ObjectiveConfig, config.objective, "config.objective"),
         loss=build(LossConfig, config.loss, "config.loss"),
         train=build(TrainConfig, config.train, "config.train"),
@@ -328,7 +360,9 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         training=training,
     )
     check_objective(experiment.model, experiment.objective)
+    check_adapter(experiment)
     if training:
+        experiment.sparsity.check_run(experiment.train.steps)
         check_optimizer(experiment)
     if experiment.mesh.expert > 1 and not experiment.model.experts.number:
         raise ValueError(
@@ -378,7 +412,9 @@ def read_model(config: ConfigDict) -> ModelConfig:
       ValueError: naming the key, its value and what would be right.
     """
     objective = build(ObjectiveConfig, config.objective, "config.objective")
+    adapter = build(AdapterConfig, config.adapter, "config.adapter")
     parts = {
+        "prefix_length": adapter.prefix_length if adapter.method == "prefix" else 0,
         "experts": build(ExpertsConfig, config.experts, "config.experts"),
         "vision": build(VisionConfig, config.vision, "config.vision"),
         "tasks": tuple(objective.tasks.items()),

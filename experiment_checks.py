@@ -36,6 +36,37 @@ def check_images(length: int, model: ModelConfig) -> None:
         )
 
 
+def check_adapter(experiment: Experiment) -> None:
+    """Refuses what adapters do not go with.
+
+    Raises:
+      ValueError: naming the key, its value and what would be right.
+    """
+    method = experiment.adapter.method
+    if not method:
+        return
+    if experiment.staged:
+        raise ValueError(
+            f"config.adapter.method = {method!r}: not built for training with config.mesh.pipe = "
+            f"{experiment.mesh.pipe}; set the pipe axis to 1, and fsdp or tensor higher"
+        )
+    if experiment.training and experiment.distill.teacher:
+        raise ValueError(
+            f"config.distill.teacher = '{experiment.distill.teacher}': not built for "
+            f"config.adapter.method = {method!r}; leave one of them out"
+        )
+    if experiment.init_from:
+        raise ValueError(
+            f"config.init_from = '{experiment.init_from}': adapters begin from config.adapter.base "
+            f"= '{experiment.adapter.base}'; leave it out"
+        )
+    if experiment.optimizer.frozen:
+        raise ValueError(
+            f"config.optimizer.frozen = {list(experiment.optimizer.frozen)}: with "
+            f"config.adapter.method = {method!r} all but the adapters is frozen; leave it out"
+        )
+
+
 def check_pipeline(experiment: Experiment) -> None:
     """Refuses stages that the schedule, the layers or other sections do not allow.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from config_border import complete, has_config, is_run, read_config
-from config_sources import with_checkpoint
+from config_sources import refuse_adapters, with_checkpoint
 from config_types import plain
 from configs import base
 
@@ -46,7 +46,9 @@ def own_config(config: ConfigDict) -> ConfigDict:
             f"{KEY} = '{folder}': it has checkpoints/ and no config.json; give a folder that "
             f"train.py wrote"
         )
-    return read_config(folder)
+    own = read_config(folder)
+    refuse_adapters(own, folder, KEY)
+    return own
 
 
 def teacher_config(config: ConfigDict) -> ConfigDict:

@@ -37,8 +37,8 @@ def main(
     from hf.exporting import GB, export_params, refuse_existing
     from hf.files import open_folder
     from parallel.mesh import make_mesh
-    from training.checkpoint import Checkpoints
-    from training.state import placed_params
+    from run_params import saved_params
+    from training.adapters import merged
 
     if jax.process_count() > 1:
         raise ValueError(
@@ -56,13 +56,13 @@ def main(
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         model = experiment.build_model()
-        wanted = placed_params(model, experiment.precision, mesh)
-        checkpoints = Checkpoints(workdir / "checkpoints")
-        found, state = checkpoints.restore(step, {"params": wanted}, partial=True)
-        checkpoints.close()
+        params, found, _ = saved_params(experiment, model, mesh, workdir, step, None)
+        if experiment.adapter.method:
+            params = merged(model, params, experiment.adapter)
+            model = experiment.build_dense()
         special, files = ({}, {}) if source is not None else tokenizer_of(experiment, workdir)
         architecture = export_params(
-            state["params"],
+            params,
             experiment.model,
             model.axes,
             out,

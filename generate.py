@@ -3,6 +3,8 @@
     python generate.py --workdir=runs/tiny --prompt="def main("
     python generate.py --hf=DIR --prompts=prompts.txt --json --config.generate.temperature=0.8
     echo "import" | python generate.py --workdir=runs/tiny --prompts=-
+    python generate.py --workdir=runs/base --prompt=import --adapter=runs/lora1 \
+        --prompt=import --adapter=runs/lora2
     JAX_NUM_CPU_DEVICES=8 python generate.py --workdir=runs/tiny --prompt=import \
         --config.mesh.data=2 --config.mesh.tensor=4
 
@@ -33,22 +35,26 @@ def main(
     prompt: list[str] | None,
     prompts: Path | None,
     image: list[Path] | None,
+    adapter: list[Path] | None,
     json: bool,
 ) -> None:
     """Prompts, mesh, parameters, texts."""
     if hf is not None and step is not None:
         raise ValueError(f"--step={step}: --hf has no steps; leave it out")
-    from generation.prompts import read_prompts
+    from generation.prompts import read_prompts, with_adapters
 
-    given = read_prompts(prompt or [], prompts, image or [])
+    given = with_adapters(read_prompts(prompt or [], prompts, image or []), adapter or [])
+    adapters = [*dict.fromkeys(each.adapter for each in given if each.adapter is not None)]
     import jax  # here: a typo on the command line costs no import
 
+    import run_adapters
     from config_border import with_values
     from experiment import read_experiment
     from inference import decoder_weights, decoding_rules, make_engine
     from inference_plan import fits_here
     from parallel.compilation import keep_compiled
     from parallel.mesh import make_mesh
+    from parallel.several import NONE
     from prompt_tokens import lengths_of, requests_of, tokenizer_of
     from run_params import saved_params
 
@@ -76,9 +82,16 @@ def main(
     with jax.set_mesh(mesh):
         model = experiment.build_model()
         read = saved_params(experiment, model, mesh, workdir, step, hf)
-        weights = decoder_weights(experiment, model, read.params)
+        params = read.params
+        if adapters:
+            on = experiment, model, params, read.step, workdir
+            model, params = run_adapters.with_adapters(*on, adapters, mesh)
+            for request, one in zip(requests, given, strict=True):
+                request.adapter = adapters.index(one.adapter) if one.adapter else NONE
         del read
-        engine = make_engine(experiment, weights, mesh, *lengths)
+        weights = decoder_weights(experiment, model, params)
+        del params
+        engine = make_engine(experiment, weights, mesh, *lengths, adapters=bool(adapters))
         since = time.perf_counter()
         show = shown_as_json if json else streamed if len(requests) == 1 else in_order
         for text in show(engine.run(requests), given):
@@ -123,6 +136,7 @@ FLAGS = (
     cli.Flag("prompt", str, None, "a text to continue; may be given several times", several=True),
     cli.Flag("prompts", Path, None, "a file of prompts, one a line, or .jsonl; - is stdin"),
     cli.Flag("image", Path, None, "an image for each --prompt, in order", several=True),
+    cli.Flag("adapter", Path, None, "a run of lora on --workdir, for each --prompt", several=True),
     cli.Flag("json", bool, False, "an object a line, as texts end"),
 )
 

@@ -100,8 +100,14 @@ def make_engine(
     mesh: jax.sharding.Mesh,
     prompt: int,
     source: int,
+    *,
+    adapters: bool = False,
 ) -> Engine:
-    """What generates texts after prompts of so many tokens, and sources."""
+    """What generates texts after prompts of so many tokens, and sources.
+
+    Args:
+      adapters: the weights are of several, of which each request has one or none.
+    """
     generate, rules = experiment.generate, decoding_rules(experiment)
     decoding = make_decoding(
         experiment.model,
@@ -111,7 +117,8 @@ def make_engine(
         prefix=experiment.objective.name == "prefix_lm",
     )
     sampling = Sampling(generate.temperature, generate.top_k, generate.top_p, generate.min_p)
-    return Engine(Steps(decoding, sampling), weights, mesh, experiment.seed)
+    steps = Steps(decoding, sampling)
+    return Engine(steps, weights, mesh, experiment.seed, adapters=adapters)
 
 
 def decoder_weights(

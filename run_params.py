@@ -10,6 +10,7 @@ import jax
 from experiment import Experiment
 from hf.files import open_folder
 from hf.importing import find_params, read_params
+from run_adapters import checkpoints_of
 from training.checkpoint import Checkpoints
 from training.state import Model, Tree, placed_params
 
@@ -41,11 +42,17 @@ def saved_params(
     """
     if hf is not None:
         assert step is None, "the command line refuses it"
+        if experiment.adapter.method:
+            raise ValueError(
+                f"config.adapter.method = {experiment.adapter.method!r}: adapters are on a run; "
+                f"give their --workdir, not --hf"
+            )
         folder = open_folder(hf, "--hf")
         tensors = find_params(folder, experiment.model, model, experiment.precision)
         return Read(read_params(tensors, model, experiment.precision, mesh), None, hf)
     assert workdir is not None
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    opened = Checkpoints(workdir / "checkpoints")
+    checkpoints = checkpoints_of(opened, workdir, None, experiment, model, mesh)
     wanted = placed_params(model, experiment.precision, mesh)
     found, state = checkpoints.restore(step, {"params": wanted}, partial=True)
     checkpoints.close()

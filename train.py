@@ -30,7 +30,7 @@ def train(config: Any, workdir: Path) -> None:
     """Config, mesh, data, state, step, loop."""
     import jax
 
-    from before_run import check_same_inputs, initial_params
+    from before_run import beginning, check_same_inputs
     from config_border import check_same_run, has_config, read_config, write_config
     from config_types import plain
     from data.loader import device_batches, local_rows
@@ -46,6 +46,7 @@ def train(config: Any, workdir: Path) -> None:
     from training.metrics import Metrics
     from training.optim import make_optimizer
     from training.schedules import make_schedule
+    from training.sparsity import make_sparsity
     from training.state import abstract_state, count_of, create_state
     from training.step import make_step
     from training.stop import StopSignal
@@ -64,10 +65,11 @@ def train(config: Any, workdir: Path) -> None:
         model = experiment.build_model()
         spec = model.rules.spec("batch seq")
         settings = experiment.train
-        optimizer = make_optimizer(experiment.optimizer, settings.steps, model.trained(model.axes))
-        schedule = make_schedule(experiment.optimizer, settings.steps)
+        sparsity = make_sparsity(experiment.sparsity, model)
+        trained = model.trained(model.axes)
+        optimizer = make_optimizer(experiment.optimizer, settings.steps, trained, sparsity.names)
         kind, count = jax.devices()[0].device_kind, jax.device_count()
-        params_of = initial_params(experiment, model, mesh)
+        checkpoints, params_of = beginning(checkpoints, workdir, experiment, model, mesh)
         say(f"devices: {count} x {kind}; {experiment.describe_layout()}")
         for note in experiment.without_effect(jax.default_backend()):
             say(f"note: {note}")
@@ -106,10 +108,11 @@ def train(config: Any, workdir: Path) -> None:
         step_fn = make_step(
             model,
             optimizer,
-            schedule,
+            make_schedule(experiment.optimizer, settings.steps),
             experiment.precision,
             seed=experiment.seed,
             micro_steps=experiment.micro_steps,
+            sparsity=sparsity,
             stochastic=experiment.optimizer.stochastic_rounding,
             distillation=teacher.distillation,
         )

@@ -2,6 +2,7 @@
 
     python -m compress quantize --workdir=runs/dense --out=runs/int8 --form=int8
     python -m compress quantize --workdir=runs/dense --out=runs/int4 --form=int4:128 --method=gptq
+    python -m compress merge --workdir=runs/lora --out=runs/merged
     python -m compress factorize --workdir=runs/dense --out=runs/thin --keep=0.7
 
 `python -m compress METHOD --help` lists the flags of one. docs/compression.md tells which to take.
@@ -33,6 +34,7 @@ class Method:
 def methods() -> dict[str, Method]:
     """All of them by name."""
     import compress_factorize
+    import compress_merge
     import compress_quantize
 
     return {
@@ -42,6 +44,7 @@ def methods() -> dict[str, Method]:
         "factorize": Method(
             compress_factorize.main, compress_factorize.FLAGS, "Weights as two factors each."
         ),
+        "merge": Method(compress_merge.main, (), compress_merge.ABOUT),
     }
 
 

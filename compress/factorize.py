@@ -56,12 +56,11 @@ class Factorize:
         if self.method == "svd" or inputs is None:
             return np.eye(rows), np.eye(rows)
         if self.method == "asvd":
-            mean: Any = np.asarray(inputs.sizes, np.float64)
-            floor = 1e-6 * float(np.max(mean, initial=1e-24))
-            scale = np.maximum(mean, floor) ** self.exponent
+            mean = np.asarray(inputs.sizes, np.float64)
+            scale = np.maximum(mean, 1e-6 * float(mean.max(initial=1e-24))) ** self.exponent
             return np.diag(scale), np.diag(1 / scale)
         moment = np.array(inputs.moment, np.float64)
-        moment[np.diag_indices(rows)] += DAMP * max(np.mean(np.diag(moment)), 1e-30)
+        moment[np.diag_indices(rows)] += DAMP * max(float(np.mean(np.diag(moment))), 1e-30)
         upper = np.linalg.cholesky(moment).T
         return upper, np.linalg.inv(upper)
 

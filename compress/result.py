@@ -59,6 +59,10 @@ class Result:
             if any(form.kind != "none" for form in self._forms_of(name))
         }
 
+    def nodes(self) -> dict[str, list[Any]]:
+        """What each changed weight becomes, layer by layer, on the host."""
+        return {n: [own[i] for i in range(self.layers(n))] for n, own in self._nodes.items()}
+
     def finished(self, compressed: Model, mesh: jax.sharding.Mesh) -> Tree:
         """The parameters of the model that `forms` gives, at rest.
 

@@ -112,6 +112,14 @@ def get_config() -> ConfigDict:
     # patterns as above: {"stack/*": "int4:32"}. int8+int8 and fp8+fp8 multiply codes with codes
     quantize.forms = ConfigDict()
 
+    config.adapter = adapter = ConfigDict()  # training/adapters.py; docs/adapters.md
+    adapter.method = ""  # "" (none) | lora | dora | ia3 | prefix: what is trained on a frozen base
+    adapter.base = ""  # the workdir of a run, compressed or not; it fills `model` and the like
+    adapter.rank = 8  # lora, dora
+    adapter.alpha = 16.0  # lora, dora: alpha / rank times the product of both factors is added
+    adapter.names = ()  # patterns of matrices: ("stack/*/query",); (): all of the layers
+    adapter.prefix_length = 16  # prefix: virtual positions
+
     config.mesh = mesh = ConfigDict()  # parallel/mesh.py; the product is the number of devices
     mesh.data = -1  # copies of the model, each on its part of the batch; -1: what is left
     mesh.fsdp = 1  # as data, and parameters and optimizer state are divided too (parallel.zero)
@@ -196,6 +204,16 @@ def get_config() -> ConfigDict:
     optimizer.projection_scale = 0.0  # factor of their updates; 0: 0.25, 1, APOLLO-Mini 128 ** 0.5
     optimizer.stochastic_rounding = False  # with precision.params bfloat16: small updates add up
     optimizer.clip_norm = 1.0  # gradients with a larger global norm are scaled down to it; 0: off
+
+    config.sparsity = sparsity = ConfigDict()  # training/sparsity.py; docs/pruning.md
+    sparsity.target = 0.0  # share of zeros in the end, in (0, 1); 0: none are made
+    sparsity.hold = False  # zeros of the start stay: a pruned checkpoint is trained further
+    sparsity.names = ()  # patterns of matrices: ("stack/*/mlp/*",); (): all of the layers
+    sparsity.begin = 0  # step of the first zeros
+    sparsity.end = 0  # of the last; the same: all at once. Between them the share rises cubically
+    sparsity.every = 100  # steps between two changes
+    sparsity.scope = "layer"  # layer (each matrix of each layer alike) | global (all together)
+    sparsity.pattern = "unstructured"  # unstructured | 2:4 (two of every four rows; target 0.5)
 
     config.objective = objective = ConfigDict()  # data/objective.py
     objective.name = "causal_lm"  # causal_lm | prefix_lm (a prefix of each row sees itself whole) |

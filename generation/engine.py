@@ -18,6 +18,7 @@ from generation.rows import Request, Row, Rows
 from generation.steps import Arrays, Steps
 from models.decode import DecoderWeights
 from parallel.compilation import many_rows, safe_compilation
+from parallel.several import NONE
 
 LEAST = 32  # prompts are padded to so many tokens, or to a power of two above: few programs
 
@@ -45,26 +46,34 @@ class Engine:
       weights: of the model.
       mesh: of all devices.
       seed: of what is drawn.
+      adapters: the weights have several, and each request one or none.
 
     Attributes:
       rows: which text is in which row.
     """
 
     def __init__(
-        self, steps: Steps, weights: DecoderWeights, mesh: jax.sharding.Mesh, seed: int
+        self,
+        steps: Steps,
+        weights: DecoderWeights,
+        mesh: jax.sharding.Mesh,
+        seed: int,
+        *,
+        adapters: bool = False,
     ) -> None:
         decoding = steps.decoding
         config, self._mesh, self._weights = decoding.config, mesh, weights
         self._rules, self._most = decoding.rules, decoding.shape.slots - config.image_tokens
         self._sources = decoding.shape.source if config.family == "encoder_decoder" else 0
-        self._prefix = decoding.prefix
-        # A ring or a source is a row's own: who shares blocks would lack it.
+        self._prefix, self._adapters = decoding.prefix, adapters
+        # A ring or a source is a row's own, keys and values are an adapter's: who shares blocks
+        # would lack it.
         own = "local" in config.pattern or config.cross != "none" or config.image_tokens > 0
         self.rows = Rows(
             decoding.shape,
             self._rules.parts("batch"),
             before=config.image_tokens,
-            sharing=not (own or decoding.prefix),
+            sharing=not (own or adapters or decoding.prefix),
         )
         safe = safe_compilation()
         prompts = safe | many_rows()
@@ -164,6 +173,9 @@ class Engine:
             "number": of(lambda row: row.request.number),
             "position": of(lambda row: row.asked - 1),
         }
+        if self._adapters:
+            chosen = [NONE if row is None else row.request.adapter for row in places]
+            arrays["adapter"] = chosen
         placed = {name: self._placed(values) for name, values in arrays.items()}
         if self.rows.pools:
             placed["table"] = self._placed(self.rows.table(places))

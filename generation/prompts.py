@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 LONGEST = 40  # characters of a prompt in a message
 FIELDS = ("prompt", "tokens", "image")
+ADAPTER = "adapter"  # another field
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Prompt:
       text: of the prompt.
       tokens: instead of the text; None: those of the text.
       image: the file of an image, beside either.
+      adapter: the workdir of adapters that its text is by; None: of none.
     """
 
     where: str
     text: str = ""
     tokens: tuple[int, ...] | None = None
     image: Path | None = None
+    adapter: Path | None = None
 
 
 def read_prompts(
@@ -93,9 +96,9 @@ def _of_json(where: str, line: str, folder: Path) -> Prompt:
         raise ValueError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict) or not {"prompt", "tokens", "image"} & set(row):
         raise ValueError(f"{where}: give an object with {', '.join(FIELDS[:-1])} or {FIELDS[-1]}")
-    text, tokens, image = (row.get(name) for name in FIELDS)
-    if not isinstance(text or "", str) or not isinstance(image or "", str):
-        raise ValueError(f"{where}: prompt and image are strings")
+    text, tokens, image, adapter = (row.get(name) for name in (*FIELDS, ADAPTER))
+    if not all(isinstance(value or "", str) for value in (text, image, adapter)):
+        raise ValueError(f"{where}: prompt, image and adapter are strings")
     whole = isinstance(tokens, list) and all(type(token) is int for token in tokens)
     if tokens is not None and not whole:
         raise ValueError(f"{where}: tokens = {tokens!r}: a list of whole numbers")
@@ -104,4 +107,22 @@ def _of_json(where: str, line: str, folder: Path) -> Prompt:
         text or "",
         None if tokens is None else tuple(tokens),
         folder / image if image else None,
+        Path(adapter) if adapter else None,
     )
+
+
+def with_adapters(prompts: Sequence[Prompt], adapters: Sequence[Path]) -> list[Prompt]:
+    """Prompts with the adapters of `--adapter`: one for each, in order, or one for all.
+
+    Raises:
+      ValueError: another number of them.
+    """
+    if not adapters:
+        return list(prompts)
+    if len(adapters) not in (1, len(prompts)):
+        raise ValueError(
+            f"--adapter: {len(adapters)} for {len(prompts)} prompts; give one for each, in order, "
+            f"or one for all"
+        )
+    each = adapters if len(adapters) > 1 else [*adapters] * len(prompts)
+    return [replace(prompt, adapter=a) for prompt, a in zip(prompts, each, strict=True)]

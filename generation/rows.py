@@ -29,6 +29,7 @@ class Request:
       most: tokens to generate at most.
       source: tokens that an encoder reads, of an encoder-decoder.
       patches: of the image [P, K], of a model that reads one.
+      adapter: its number among those that are served together; -1: none.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Request:
     most: int
     source: list[int] | None = None
     patches: np.ndarray | None = None
+    adapter: int = -1
 
     @property
     def tokens(self) -> list[int]:

@@ -29,7 +29,8 @@ class Steps:
     They take arrays of the rows of the call, int32 and divided as the batch is: `start`, the tokens
     that the cache has; `count`, new ones (0: a row that is not in use); `number` and `position`, as
     `generation.sampling.sample` wants them; `row`, where the call has others than the cache's;
-    `table`, with a pool. Tokens come out twice: in the state, and whole for each process to read.
+    `table`, with a pool; `adapter`, where weights have several. Tokens come out twice: in the
+    state, and whole for each process to read.
     """
 
     decoding: Decoding
@@ -55,7 +56,13 @@ class Steps:
     ) -> tuple[State, Array]:
         """The first token after prompts: `batch` as `Decoding.begin` wants it."""
         cache, logits_BV = self.decoding.begin(
-            weights, state.cache, batch, rows["count"], rows["row"], rows.get("table")
+            weights,
+            state.cache,
+            batch,
+            rows["count"],
+            rows["row"],
+            rows.get("table"),
+            rows.get("adapter"),
         )
         return self._begun(state._replace(cache=cache), logits_BV, key, rows)
 
@@ -69,7 +76,7 @@ class Steps:
     def _go_on(
         self, weights: DecoderWeights, state: State, tokens_BT: Array, rows: Arrays
     ) -> tuple[Cache, Array]:
-        places = rows["start"], rows["count"], None, rows.get("table")
+        places = rows["start"], rows["count"], None, rows.get("table"), rows.get("adapter")
         return self.decoding.go_on(weights, state.cache, tokens_BT, *places)
 
     def _begun(

@@ -33,10 +33,12 @@ from training.objectives import make_model
 from training.optim import Optimizer, OptimizerConfig, make_optimizer
 from training.rounded import QuantizeConfig, rounded
 from training.schedules import make_schedule
+from training.sparsity import SparsityConfig, make_sparsity
 from training.state import Model, placed_params
 from training.step import Step, make_step
 
 NO_TEACHER = DistillConfig()
+NO_PRUNING = SparsityConfig()
 NOT_ROUNDED = QuantizeConfig()
 
 
@@ -70,6 +72,7 @@ class Job:
     rules: Rules
     pipeline: PipelineConfig | None = None
     source_length: int = 0
+    sparsity: SparsityConfig = NO_PRUNING
     distill: DistillConfig = NO_TEACHER
     teacher: Job | None = None
     quantize: QuantizeConfig = NOT_ROUNDED
@@ -196,7 +199,9 @@ class Job:
                 self.model.vocab_size,
                 self.loss,
             )
-        optimizer = make_optimizer(self.optimizer, self.steps, model.trained(model.axes))
+        sparsity = make_sparsity(self.sparsity, model)
+        trained = model.trained(model.axes)
+        optimizer = make_optimizer(self.optimizer, self.steps, trained, sparsity.names)
         schedule = make_schedule(self.optimizer, self.steps)
         step = make_step(
             model,
@@ -207,6 +212,7 @@ class Job:
             micro_steps=self.micro_steps,
             stochastic=self.optimizer.stochastic_rounding,
             distillation=told,
+            sparsity=sparsity,
         )
         return model, optimizer, step
 

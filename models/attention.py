@@ -156,7 +156,8 @@ def _not_for_cudnn(q_BTNH: Array, k_BSKH: Array, core: Core) -> str | None:
 
 def _in_kernel(mask: Mask) -> bool:
     """cuDNN computes this mask itself; others are handed to it as a bias."""
-    return not (mask.prefix or mask.segments) and (mask.causal or mask.window is None)
+    by_data = mask.prefix or mask.segments or mask.before > 0
+    return not by_data and (mask.causal or mask.window is None)
 
 
 def _cudnn(
@@ -179,7 +180,7 @@ def _cudnn(
             v,
             bias=bias,
             scale=core.scale,
-            is_causal=mask.causal and not mask.prefix,
+            is_causal=mask.causal and not (mask.prefix or mask.before),
             local_window_size=window,
             implementation="cudnn",
         )

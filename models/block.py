@@ -20,6 +20,7 @@ from models.projections import projection_weights
 from models.rows import Rows
 from models.self_attention import SelfAttention, self_attention_residuals
 from models.stack import Stack
+from models.virtual_keys import virtual_weights
 from parallel.footprint import Activation, Weight
 from parallel.remat import RematConfig, tag
 from parallel.rules import STAGED, Rules
@@ -125,6 +126,7 @@ def block_weights(config: ModelConfig) -> list[Weight]:
     crosses = config.cross != "none"
     return [
         *projection_weights(config),
+        *virtual_weights(config),
         *(cross_attention_weights(config) if crosses else []),
         *(experts_weights if config.experts.number else feed_forward_weights)(config),
         *norm_weights(config.embed_dim, config.norm) * norms_of(config),

@@ -18,6 +18,7 @@ from models.attention import attention
 from models.config import ModelConfig
 from models.kv_cache import CacheShape, is_ring, repeats, to_int8
 from models.masks import Mask, MaskArrays
+from models.virtual_keys import VirtualKeys
 from models.xla_attention import HIDDEN, LOWEST, TINY, Core
 from parallel.contract import by_device
 from parallel.rules import Rules
@@ -81,6 +82,7 @@ class LayerCache:
         mask: Mask,
         arrays: MaskArrays,
         bias: Array | None,
+        before: VirtualKeys | None = None,
     ) -> Array:
         """Self-attention of new tokens, o_BTNH sharded as q.
 
@@ -88,16 +90,22 @@ class LayerCache:
           mask, arrays: of the new tokens, where rows begin with them.
           bias: added to the scores, [N, T, T] where rows begin with these tokens, else
             [B, N, T, S]; None for none.
+          before: keys and values that the cache does not have.
         """
         new = {"key": self._own_heads(k_BTKH), "value": self._own_heads(v_BTKH)}
         kept = {name: x for name, x in self.arrays.items() if not name.startswith(CROSS)}
         specs = _specs(kept)
         if not self.fresh:
             out = specs, self.rules.spec(HEADS)
-            written, o_BTNH = _on_device(self._extend, out, kept, new, q_BTNH, self.places, bias)
+            own = None if before is None else VirtualKeys(*map(self._own_heads, before))
+            inputs = kept, new, q_BTNH, self.places, bias, own
+            written, o_BTNH = _on_device(self._extend, out, *inputs)
             self.arrays |= written
             return o_BTNH
         self.arrays |= _on_device(self._write, specs, kept, new, self.places)
+        if before is not None:
+            k_BTKH, v_BTKH = before.joined(k_BTKH, v_BTKH)
+            mask, arrays, bias = before.mask(mask, arrays, bias)
         return attention(
             q_BTNH,
             k_BTKH,
@@ -147,7 +155,13 @@ class LayerCache:
     # --- On one device ----------------------------------------------------------------------------
 
     def _extend(
-        self, kept: Arrays, new: Arrays, q_BTNH: Array, places: Places, bias: Array | None
+        self,
+        kept: Arrays,
+        new: Arrays,
+        q_BTNH: Array,
+        places: Places,
+        bias: Array | None,
+        before: VirtualKeys | None,
     ) -> tuple[Arrays, Array]:
         """The written cache, and o_BTNH of queries that see it."""
         assert not self.ring or q_BTNH.shape[1] == 1, "the ring loses what earlier queries see"
@@ -170,7 +184,7 @@ class LayerCache:
             seen_BTS &= q_time_BT[:, :, None] - time < self.window
         scales = read.get("key_scale"), read.get("value_scale")
         o_BTNH = attend_over(
-            q_BTNH, read["key"], read["value"], seen_BTS, self.core, dims, bias, scales
+            q_BTNH, read["key"], read["value"], seen_BTS, self.core, dims, bias, scales, before
         )
         return kept, o_BTNH
 
@@ -223,6 +237,7 @@ def attend_over(
     dims: str = "bcsh",
     bias_BNTS: Array | None = None,
     scales: tuple[Array | None, Array | None] = (None, None),
+    before: VirtualKeys | None = None,
 ) -> Array:
     """o_BTNH of queries that see the slots of a cache, on one device.
 
@@ -233,6 +248,7 @@ def attend_over(
       k, v: in the order `dims` of their dims.
       seen_BTS: bool, [B or 1, T, S]; None where all is seen.
       scales: of k and v, float32, without the last dim.
+      before: keys and values that every query sees, too, [B, P, C, H].
     """
     B, T, N, H = q_BTNH.shape
     C = k.shape[dims.index("c")]
@@ -255,11 +271,18 @@ def attend_over(
         s = s + bias_BNTS.reshape(B, C, N // C, *bias_BNTS.shape[2:])
     if seen_BTS is not None:
         s = jnp.where(seen_BTS[:, None, None], s, HIDDEN)
+    if before is not None:
+        s_BCGTP = product("bcgth,bpch->bcgtp", q_BCGTH, before.k_BPKH.astype(q_BTNH.dtype))
+        s = jnp.concatenate([core.capped(s_BCGTP), s], -1)
     e = jnp.exp(s - jnp.maximum(jnp.max(s, -1, keepdims=True), LOWEST))
     p = e / jnp.maximum(jnp.sum(e, -1, keepdims=True), TINY)
+    p_BCGTP, p = (None, p) if before is None else jnp.split(p, [before.k_BPKH.shape[1]], -1)
     if scales[1] is not None:
         p = p * scale_BCGTS(scales[1])
     o = jnp.einsum(f"bcgts,{dims}->bcgth", p.astype(q_BTNH.dtype), v.astype(q_BTNH.dtype))
+    if before is not None and p_BCGTP is not None:
+        own = before.v_BPKH.astype(q_BTNH.dtype)
+        o = o + jnp.einsum("bcgtp,bpch->bcgth", p_BCGTP.astype(q_BTNH.dtype), own)
     return jnp.transpose(o, (0, 3, 1, 2, 4)).reshape(B, T, N, H)
 
 

@@ -61,6 +61,8 @@ class ModelConfig:
       vision: the images that it reads (`config.vision`).
       tasks: (name, classes) of what rows are classified by (`config.objective.tasks`).
       token_head: whether tokens are predicted, or rows alone classified (`config.objective.name`).
+      prefix_length: virtual positions before each row, whose keys and values every layer learns
+        (`config.adapter.prefix_length`); 0: none.
     """
 
     vocab_size: int
@@ -121,6 +123,7 @@ class ModelConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     tasks: tuple[tuple[str, int], ...] = ()
     token_head: bool = True
+    prefix_length: int = 0
 
     def __post_init__(self) -> None:
         check(self)

@@ -32,6 +32,7 @@ from models.vision_language import CrossVisionLanguage, VisionLanguage
 from parallel.mesh import platform
 from parallel.remat import RematConfig
 from parallel.rules import Rules
+from parallel.several import of_rows
 from parallel.stored import cast, is_stored, layer_axes, layers_of
 
 Tree = Any
@@ -86,6 +87,7 @@ class Decoding:
         count_B: Array,
         row_B: Array | None = None,
         table_BN: Array | None = None,
+        adapter_B: Array | None = None,
     ) -> tuple[Cache, Array]:
         """Reads prompts.
 
@@ -94,6 +96,7 @@ class Decoding:
             the arrays of a source; `prefix`, where tokens follow a prompt already.
           count_B: tokens of each prompt; of a row with 0 nothing is kept.
           row_B, table_BN: as in `models.cached_attention.Places`.
+          adapter_B: the adapter of each row (`parallel.several`), where weights have several.
 
         Returns:
           The cache, and the logits of the token after each prompt, float32 [B, V padded].
@@ -121,6 +124,7 @@ class Decoding:
             segments = replaced_rows(cache.source_segments_BS, memory.segments_BS, places)
             cache = cache._replace(source_segments_BS=segments)
         rows = rows._replace(memory=memory)
+        weights = weights._replace(blocks=of_rows(weights.blocks, adapter_B))
         return self._run(model, weights, cache, x_BTD, rows, places, fresh=True)
 
     def go_on(
@@ -132,6 +136,7 @@ class Decoding:
         count_B: Array,
         row_B: Array | None = None,
         table_BN: Array | None = None,
+        adapter_B: Array | None = None,
     ) -> tuple[Cache, Array]:
         """Adds tokens to rows, images before them counted in `start_B`; else like `begin`."""
         model = nnx.merge(self.graph, weights.outside)
@@ -147,6 +152,7 @@ class Decoding:
         if isinstance(model, MemoryDecoder):
             rows = rows._replace(memory=Memory(None, cache.source_segments_BS))
         places = Places(start_B, count_B, row_B, table_BN)
+        weights = weights._replace(blocks=of_rows(weights.blocks, adapter_B))
         return self._run(model, weights, cache, x_BTD, rows, places, fresh=False)
 
     def _run(

@@ -24,12 +24,15 @@ class Mask:
         prefix, causal after it (Raffel et al. 2020, https://arxiv.org/abs/1910.10683).
       segments: a query sees only its own document; segment 0 is padding, which sees nothing and is
         not seen (attention gives 0 there).
+      before: virtual keys that stand before those of the row, learned ones of prefix tuning: every
+        query sees them but one of padding. Key `before` is the row's first.
     """
 
     causal: bool = True
     window: int | None = None
     prefix: bool = False
     segments: bool = False
+    before: int = 0
 
     def __post_init__(self) -> None:
         assert self.window is None or self.window >= 1, self.window
@@ -46,7 +49,7 @@ class MaskArrays(NamedTuple):
 
     Attributes:
       q_segments_BT: document of every query, from 1; 0 = padding.
-      k_segments_BS: document of every key.
+      k_segments_BS: document of every key; of virtual ones any number.
       prefix_B: length of every row's prefix.
     """
 
@@ -71,7 +74,7 @@ def visible(mask: Mask, q_index_T: Array, k_index_S: Array, arrays: MaskArrays) 
     Returns:
       Booleans [B, 1, T', S'], or [1, 1, T', S'] where nothing depends on the row of the batch.
     """
-    q, k = q_index_T[None, None, :, None], k_index_S[None, None, None, :]
+    q, k = q_index_T[None, None, :, None], k_index_S[None, None, None, :] - mask.before
     seen = jnp.ones((1, 1, q.shape[2], k.shape[3]), bool)
     if mask.causal:
         seen = k <= q
@@ -86,18 +89,25 @@ def visible(mask: Mask, q_index_T: Array, k_index_S: Array, arrays: MaskArrays) 
         # Padded queries get a number that no key has, which costs T and not T x S.
         q_segments = jnp.where(arrays.q_segments_BT > 0, arrays.q_segments_BT, -1)
         seen = seen & (q_segments[:, None, :, None] == arrays.k_segments_BS[:, None, None, :])
+    if mask.before:
+        real = jnp.ones((), bool)
+        if mask.segments:
+            assert arrays.q_segments_BT is not None
+            real = arrays.q_segments_BT[:, None, :, None] > 0
+        seen = jnp.where(k < 0, real, seen)
     return seen
 
 
 def key_range(mask: Mask, q_start: int, q_stop: int, source_length: int) -> tuple[int, int]:
     """The keys [start, stop) outside which queries [q_start, q_stop) see nothing, known statically.
 
-    Causality and windows bound it; documents and prefixes are data and cannot narrow it.
+    Causality and windows bound it; documents and prefixes are data and cannot narrow it. Virtual
+    keys stand before all others, so that with them nothing is hidden at the start.
     """
-    start, stop = 0, source_length
+    start, stop, before = 0, source_length, mask.before
     if mask.window is not None:
-        start = max(0, q_start - mask.window + 1)
-        stop = min(stop, q_stop - 1 + mask.window)
+        start = 0 if before else max(0, q_start - mask.window + 1)
+        stop = min(stop, before + q_stop - 1 + mask.window)
     if mask.causal and not mask.prefix:
-        stop = min(stop, q_stop)
+        stop = min(stop, before + q_stop)
     return min(start, stop), stop

@@ -7,6 +7,7 @@ after Henry et al. 2020, https://arxiv.org/abs/2010.04245.
 from __future__ import annotations
 
 import jax
+from flax import nnx
 
 from models.attention import attention, attention_residuals
 from models.config import ModelConfig
@@ -14,15 +15,22 @@ from models.layers import dropout, norm_residuals
 from models.positions import rotate
 from models.projections import HEADS, INSIDE, KV_HEADS, Projections
 from models.rows import Rows
+from models.virtual_keys import virtual_keys, virtual_params
 from parallel.footprint import Activation
 from parallel.remat import tag
+from parallel.rules import Rules
 
 
 class SelfAttention(Projections):
     """x_BTD -> y_BTD, both in the residual stream's layout.
 
-    `local` layers see `config.window` keys and turn by their own rotary theta.
+    Where the model learns keys and values before every row (`models.virtual_keys`), queries see
+    those, too. `local` layers see `config.window` keys and turn by their own rotary theta.
     """
+
+    def __init__(self, config: ModelConfig, rules: Rules, rngs: nnx.Rngs) -> None:
+        super().__init__(config, rules, rngs)
+        self.prefix_key, self.prefix_value = virtual_params(config, rules, rngs)
 
     def __call__(
         self,
@@ -42,9 +50,15 @@ class SelfAttention(Projections):
         probs_key, out_key = (None, None) if key is None else jax.random.split(key)
         window = config.window if local else None
         mask, arrays = rows.mask(causal=config.causal, window=window)
+        before, bias = None, rows.bias
+        if self.prefix_key is not None and self.prefix_value is not None:
+            before = virtual_keys(self.prefix_key, self.prefix_value, rules, k_BTKH)
         if rows.cache is not None:
-            out_BTNH = rows.cache.attend(q_BTNH, k_BTKH, v_BTKH, mask, arrays, rows.bias)
+            out_BTNH = rows.cache.attend(q_BTNH, k_BTKH, v_BTKH, mask, arrays, bias, before)
             return tag(self.merge(out_BTNH), "attention_projection")
+        if before is not None:
+            k_BTKH, v_BTKH = before.joined(k_BTKH, v_BTKH)
+            mask, arrays, bias = before.mask(mask, arrays, bias)
         out_BTNH = attention(
             q_BTNH,
             k_BTKH,
@@ -57,7 +71,7 @@ class SelfAttention(Projections):
             softcap=config.attention_softcap or None,
             dropout_rate=0.0 if key is None else config.attention_dropout,
             dropout_key=probs_key,
-            bias_NTS=rows.bias,
+            bias_NTS=bias,
         )
         y_BTD = tag(self.merge(out_BTNH), "attention_projection")
         return dropout(y_BTD, config.dropout, out_key, rules, "batch residual_seq act_embed")

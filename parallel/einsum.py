@@ -10,7 +10,7 @@ before one reduction over `tensor`, not one each.
 Weights in other forms (`parallel/stored.py`) come through here, too: packed ones are made dense for
 the product and again for the backward pass, and only the packed form is kept in between. They are
 frozen, but for those that say what of them is trained. Composed ones say themselves how they
-multiply.
+multiply; of those with an adapter (`parallel/adapted.py`) the bases are multiplied here, together.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import PartitionSpec as P
 
+from parallel.adapted import Adapted
 from parallel.code_products import multiply_codes
 from parallel.contract import (
     axes_of,
@@ -64,6 +65,14 @@ def einsums(
     """
     own = jax.typeof(x).sharding.spec
     inside = own if inside is None else inside
+    adapted = [isinstance(w, Adapted) and not w.apart for w in weights]
+    if any(adapted):
+        bases = [w.frozen if a else w for w, a in zip(weights, adapted, strict=True)]  # type: ignore[union-attr]
+        products = einsums(equation, x, bases, outs, inside)
+        return [
+            w.finished(einsum, equation, x, y, out, inside) if isinstance(w, Adapted) and a else y
+            for w, a, y, out in zip(weights, adapted, products, outs, strict=True)
+        ]
     pairs = list(zip(weights, outs, strict=True))
     together = [(w, out) for w, out in pairs if not isinstance(w, Composed)]
     found = iter(_together(equation, x, together, inside, own) if together else [])

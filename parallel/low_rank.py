@@ -44,9 +44,20 @@ class LowRank(Composed):
 
 
 def through(
-    door: Door, equation: str, x: jax.Array, into: Any, out_of: Any, out: P, inside: P
+    door: Door,
+    equation: str,
+    x: jax.Array,
+    into: Any,
+    out_of: Any,
+    out: P,
+    inside: P,
+    scale: float | jax.Array = 1.0,
 ) -> jax.Array:
-    """`x A B` for an equation of `x W`."""
+    """`(scale x A) B` for an equation of `x W`.
+
+    Args:
+      scale: a number, or [batch, r]: of every row of the batch, its first dim, its own.
+    """
     inputs, result = equation.split("->")
     x_dims, w_dims = inputs.split(",")
     kept = [d for d in x_dims if d in result]
@@ -55,6 +66,10 @@ def through(
     inner = "".join(kept) + INNER
     narrow = P(*[inside[x_dims.index(d)] for d in kept], None)
     h = door(f"{x_dims},{''.join(summed)}{INNER}->{inner}", x, into, narrow, inside)
+    if isinstance(scale, jax.Array):
+        h = h * jnp.expand_dims(scale, tuple(range(1, h.ndim - 1))).astype(h.dtype)
+    elif scale != 1.0:
+        h = h * scale  # here it is r numbers a token
     return door(f"{inner},{INNER}{''.join(produced)}->{result}", h, out_of, out, narrow)
 
 

@@ -53,6 +53,7 @@ MEGATRON: dict[str, tuple[str, ...]] = {
     "feature": (),
     "classes": (),
     "bucket": (),
+    "virtual": (),
     "group": (),  # of weights in other forms: dims that stay whole
     "layers": (),
     "encoder_layers": (),

@@ -83,6 +83,16 @@ class Matrix:
         return self.names.partition("->")[2].split()[0]
 
     @property
+    def summed(self) -> str:
+        """The logical names of the contracted dims."""
+        return " ".join(self.names.partition("->")[0].split()[self.several :])
+
+    @property
+    def produced(self) -> str:
+        """The logical names of the other dims."""
+        return self.names.partition("->")[2].strip()
+
+    @property
     def lead_names(self) -> str:
         return "".join(f"{name} " for name in self.names.split()[: self.several])
 
@@ -253,6 +263,15 @@ def computed(weight: Any) -> jax.Array | Packed:
 def usable(weight: Any, dtype: Any) -> jax.Array:
     """The array to compute with, of a weight that is an array, a `Twin` or packed."""
     return weight.dense(dtype) if isinstance(weight, Packed) else untwinned(weight)
+
+
+def dense_layer(node: Any) -> jax.Array:
+    """The array of one layer's weight, in float32 and not divided."""
+    if isinstance(node, Packed):
+        return jax.reshard(node.dense("float32"), P())
+    if not is_stored(node):
+        return jax.reshard(untwinned(node), P()).astype(jnp.float32)
+    return jax.reshard(node.merged(), P()).astype(jnp.float32)
 
 
 def aligned_names(matrix: Matrix, rules: Rules, units: int) -> tuple[str, str]:

@@ -145,6 +145,10 @@ class Checkpoints:
         found = self._find(step)
         return found, manifest.tensors(self._directory / str(found))
 
+    def fingerprint(self, step: int) -> str:
+        """Of what is in a step's arrays, by the checksums of their files."""
+        return manifest.fingerprint(self._directory / str(step))
+
     def restore(
         self,
         step: int | None,

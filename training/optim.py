@@ -27,6 +27,7 @@ from training.naming import completed, restricted
 from training.quantised_adam import scale_by_quantised_adam
 from training.rounding import rounded, widened
 from training.schedules import make_schedule
+from training.zeros import keeping_zeros
 
 BITS = {"adamw8bit": 8, "adamw4bit": 4}  # of a moment
 # The scale of what is projected where the config has 0: GaLore section 5, APOLLO section 5.1; that
@@ -114,13 +115,16 @@ class OptimizerConfig:
         return self.projection_scale or own
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any) -> Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, axes: Any, zeros: frozenset[str] = frozenset()
+) -> Optimizer:
     """Clipping, the optimizer's direction, weight decay and learning rate, in this order.
 
     Args:
       config: `config.optimizer`.
       total_steps: updates of the whole run, for the schedule.
       axes: a tree like the trained parameters, of their logical axes ("layers embed -> mlp").
+      zeros: canonical names of parameters whose zeros stay (training/zeros.py).
 
     Returns:
       A transformation with state {"clip", "direction", "decay", "rate"}. Its update takes
@@ -130,7 +134,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, axes: Any) -> Opti
     Sources: Loshchilov and Hutter 2019 (AdamW), https://arxiv.org/abs/1711.05101; Chen et al. 2023
     (Lion), https://arxiv.org/abs/2302.06675; Adafactor and Muon in `training/matrices.py`.
     """
-    make = partial(_chain, config, total_steps)
+    make = keeping_zeros(partial(_chain, config, total_steps), zeros)
     looped = config.offload or config.name in {*BITS, *SCALES} or config.stochastic_rounding
     return by_layer(make, axes, host=config.offload) if looped else make(axes)
 

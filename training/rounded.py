@@ -99,8 +99,8 @@ def _places(model: Model, config: QuantizeConfig) -> dict[str, _Place]:
         patterns = [p for p in config.forms if fnmatchcase(name, p)]
         if is_stored(node) and patterns:
             raise ValueError(
-                f"{config.key(patterns[0])}: config.weights.forms stores {name} in another form "
-                f"already; name other weights in one of the two"
+                f"{config.key(patterns[0])}: {name} is no array that is trained "
+                f"(config.weights.forms, config.adapter); name others"
             )
     found = {}
     for name, forms in chosen_forms(config, {n: a.shape for n, a in shapes.items()}, axes).items():

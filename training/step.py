@@ -17,7 +17,9 @@ from training.micro_batches import Batch, Weights, loss_weights, means, split
 from training.naming import completed
 from training.optim import Optimizer, apply_update
 from training.pipelined import pipelined_loss_and_grads
+from training.sparsity import NO_SPARSITY, Sparsity
 from training.state import Model, TrainState
+from training.zeros import without_gradient
 
 Tree = Any
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]  # (state, batch[, teacher])
@@ -109,6 +111,7 @@ def make_step(
     micro_steps: int = 1,
     stochastic: bool = False,
     distillation: Distillation | None = None,
+    sparsity: Sparsity = NO_SPARSITY,
 ) -> Step:
     """The training step; jit it with `donate_argnums=0`.
 
@@ -116,6 +119,8 @@ def make_step(
       stochastic: bfloat16 parameters and moments are rounded by chance (`training.rounding`).
       distillation: with it the step takes the teacher's parameters, too, and keeps them as they
         are.
+      sparsity: weights become zero by its schedule before the gradient is taken, and zeros stay;
+        the optimizer is to be made with `zeros=sparsity.names`.
 
     An update whose gradient is not finite is skipped and counted, and the loss scale halves.
     """
@@ -126,12 +131,16 @@ def make_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         scale = state.loss_scale.scale
-        metrics, grads = grads_of(state.params, batch, key, scale, *teacher)
+        params = sparsity.pruned(state.params, state.step)
+        metrics, grads = grads_of(params, batch, key, scale, *teacher)
+        if sparsity.names:
+            grads = without_gradient(grads, params, sparsity.names)
+            metrics["sparsity"] = sparsity.zeros(params)
         params, opt_state, grad_norm, finite = apply_update(
             optimizer,
             grads,
             state.opt_state,
-            state.params,
+            params,
             scale=scale,
             rounding=jax.random.fold_in(key, ROUNDING) if stochastic else None,
         )

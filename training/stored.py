@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from parallel.forms import Forms, read_forms
 from parallel.rules import STACKS
-from parallel.stored import Matrix, Packed, is_stored, whole_dims
+from parallel.stored import Matrix, Packed, dense_layer, is_stored, whole_dims
 from training.naming import named
 from training.state import Model
 
@@ -169,15 +169,6 @@ def dense_params(params: Tree, axes: Tree) -> Tree:
         return jnp.stack(made) if _stacked(axes) else made[0]
 
     return jax.tree.map(dense, params, axes, is_leaf=is_stored)
-
-
-def dense_layer(node: Any) -> jax.Array:
-    """The array of one layer's weight, in float32 and not divided."""
-    if isinstance(node, Packed):
-        return jax.reshard(node.dense("float32"), jax.P())
-    if not is_stored(node):
-        return jax.reshard(node, jax.P())
-    return jax.reshard(node.merged(), jax.P())
 
 
 def _stacked(axes: Any) -> bool:

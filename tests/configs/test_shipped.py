@@ -90,7 +90,7 @@ def test_every_dataclass_is_built_on_many_devices(name, devices):
 
 
 OF_OTHERS = {
-    "model": {"experts", "vision", "tasks", "token_head"}
+    "model": {"experts", "vision", "tasks", "token_head", "prefix_length"}
 }  # fields that other sections fill
 
 

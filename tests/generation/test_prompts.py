@@ -53,7 +53,7 @@ def test_a_jsonl_has_tokens_and_images(tmp_path):
         ("a.jsonl", b'{"prompt": "a"}\n[1]', "line 2: give an object with prompt, tokens or image"),
         ("a.jsonl", b'{"text": "a"}', "line 1: give an object with prompt, tokens or image"),
         ("a.jsonl", b'{"tokens": [1, "2"]}', "a list of whole numbers"),
-        ("a.jsonl", b'{"prompt": 1}', "prompt and image are strings"),
+        ("a.jsonl", b'{"prompt": 1}', "prompt, image and adapter are strings"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, content, said):

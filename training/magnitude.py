@@ -1,0 +1,116 @@
+"""The weights of the smallest magnitude made zero: of each matrix, of all together, or as 2:4.
+
+Han et al. 2015, https://arxiv.org/abs/1506.02626. What is chosen is exact and the same on every
+layout (`training.smallest`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from parallel.fours import left_out
+from parallel.rules import STACKS
+from parallel.stored import SEVERAL
+from training.smallest import (
+    Matrices,
+    halves,
+    magnitude_keys,
+    smallest_of_all,
+    smallest_of_each,
+)
+
+SCOPES = ("layer", "global")
+PATTERNS = ("unstructured", "2:4")
+Numbers = Mapping[str, tuple[Any, Any]]
+
+
+def numbers(weights: Mapping[str, Any], axes: Mapping[str, str], share: float, scope: str) -> Any:
+    """How many weights are to be zero, as `with_zeros` takes it: of each matrix, or of all.
+
+    Args:
+      weights: canonical name -> anything with a shape.
+      axes: the same names -> logical axes.
+      share: of the weights, in [0, 1].
+      scope: layer or global.
+    """
+    if scope == "global":
+        return {"": halves(round(share * sum(w.size for w in weights.values())))}
+    found = {}
+    for name, weight in weights.items():
+        matrices = 1
+        for size in weight.shape[: lead_of(axes[name])]:
+            matrices *= size
+        found[name] = halves(round(share * (weight.size // matrices)))
+    return found
+
+
+def with_zeros(
+    weights: Mapping[str, Array],
+    axes: Mapping[str, str],
+    number: Numbers | None,
+    *,
+    scope: str = "layer",
+    pattern: str = "unstructured",
+) -> dict[str, Array]:
+    """The weights, those of the smallest magnitude zero.
+
+    Args:
+      weights: canonical name -> array, divided in any way.
+      axes: the same names -> logical axes.
+      number: of `numbers`; whole numbers or int32 arrays, for 2:4 at most half. None: of 2:4 all
+        that it leaves out.
+      scope: layer or global.
+      pattern: unstructured, or 2:4: chosen among the two smallest of every four rows.
+    """
+    # In the order of their names, in which equal numbers are taken.
+    every = {
+        name: Matrices(
+            weights[name],
+            lead_of(axes[name]),
+            left_out(magnitude_keys(weights[name]), inner_row_dim(axes[name]))
+            if pattern == "2:4"
+            else None,
+        )
+        for name in sorted(weights)
+    }
+    as_int = lambda pair: tuple(jnp.asarray(part, jnp.int32) for part in pair)
+    masks: list[Any]
+    if number is None:
+        assert pattern == "2:4"
+        masks = [matrices.allowed for matrices in every.values()]
+    elif scope == "global":
+        high, low = as_int(number[""])
+        masks = smallest_of_all(list(every.values()), (high, low))
+    else:
+        pairs = [as_int(number[name]) for name in every]
+        masks = smallest_of_each(list(every.values()), [(h << 16) + low for h, low in pairs])
+    return {
+        name: jnp.where(mask, jnp.zeros_like(weights[name]), weights[name])
+        for name, mask in zip(every, masks, strict=True)
+    }
+
+
+def lead_of(names: str) -> int:
+    """Leading dims of a weight that count matrices: layers and experts."""
+    return sum(name in (*STACKS, *SEVERAL) for name in names.split())
+
+
+def inner_row_dim(names: str) -> int:
+    """The last of a weight's contracted dims: neighbours in it are neighbouring rows."""
+    return len(names.partition("->")[0].split()) - 1
+
+
+def check_fours(name: str, shape: tuple[int, ...], names: str, key: str) -> None:
+    """Refuses a matrix whose rows are no fours.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    size = shape[inner_row_dim(names)]
+    if size % 4:
+        dim = names.partition("->")[0].split()[-1]
+        raise ValueError(f"{key} = '2:4': {name} has {size} rows along {dim}, no multiple of 4")
