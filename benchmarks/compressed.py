@@ -1,6 +1,6 @@
 """What each way to make a model smaller costs, on one model trained on real text.
 
-    python train.py --config=configs/compressed.py --workdir=runs/dense
+    python train.py --config=benchmarks/dense.py --workdir=runs/dense
     python -m benchmarks.compressed --workdir=runs/dense [--part=quantize,...] [--seeds=5]
 
 Seeds choose the calibration text, and the channels that outliers are put into. Beside held-out bits

@@ -35,7 +35,9 @@ def methods() -> dict[str, Method]:
     """All of them by name."""
     import compress_factorize
     import compress_merge
+    import compress_prune
     import compress_quantize
+    import compress_shrink
 
     return {
         "quantize": Method(
@@ -44,6 +46,8 @@ def methods() -> dict[str, Method]:
         "factorize": Method(
             compress_factorize.main, compress_factorize.FLAGS, "Weights as two factors each."
         ),
+        "prune": Method(compress_prune.main, compress_prune.FLAGS, compress_prune.ABOUT),
+        "shrink": Method(compress_shrink.main, compress_shrink.FLAGS, compress_shrink.ABOUT),
         "merge": Method(compress_merge.main, (), compress_merge.ABOUT),
     }
 

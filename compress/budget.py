@@ -24,6 +24,7 @@ from compress.walk import Layer, check_walk, walk
 from parallel.forms import Form
 from training.micro_batches import Batch
 from training.state import Model
+from training.stored import dense_layer
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def candidates(
             for forms in options:
                 form = forms[name][layer.number]
                 node: Any = form.store(matrix, jnp.asarray(w))
-                near = np.asarray(node.dense("float32") if form.code else node).reshape(w.shape)
+                near = np.asarray(dense_layer(node) if form.code else node).reshape(w.shape)
                 bits = 8 * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(node))
                 cost = output_error(inputs.moment, near - w) / max(whole, 1e-30)
                 found[name][layer.number].append(Option(form, bits, w.size, cost))

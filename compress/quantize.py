@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress import host
 from compress.fold import apply_fold, folds_of, shared_scale
 from compress.gptq import gptq
 from compress.ranges import limit_of
@@ -20,11 +22,12 @@ from compress.walk import STACK, Layer, check_walk, walk
 from compress.watch import Inputs
 from models.config import ModelConfig
 from parallel.forms import Form
-from parallel.quantised import quantised
+from parallel.quantised import Quantised, quantised
 from parallel.rules import STACKS
 from training.micro_batches import Batch
 from training.naming import named
 from training.state import Model
+from training.stored import dense_layer
 
 Tree = Any
 METHODS = ("rtn", "gptq", "awq", "smoothquant")
@@ -196,13 +199,24 @@ def _rounded(
     if form.static:
         assert inputs is not None
         limit = jnp.asarray([limit_of(inputs, form.inputs, how.ranges, how.percentile)])
-    node = quantised(
-        code,
-        matrix,
+    node = _node(
         jnp.asarray(array),
         jnp.asarray(scales),
-        codes=jnp.asarray(codes),
+        jnp.asarray(codes),
+        limit,
+        code=code,
+        matrix=matrix,
         inputs=form.inputs,
-        limit=limit,
     )
-    return node, np.asarray(node.dense("float32"), np.float32)
+    if code.kind == "nf4":  # its scales are codes, too
+        return node, np.asarray(dense_layer(node))
+    rows = np.repeat(scales, matrix.rows // scales.shape[-2], axis=-2)
+    return node, host.decode(code, codes, rows).reshape(array.shape)
+
+
+@partial(jax.jit, static_argnames=("code", "matrix", "inputs"))
+def _node(
+    w: jax.Array, scales: jax.Array, codes: jax.Array, limit: Any, **static: Any
+) -> Quantised:
+    code, matrix, inputs = static["code"], static["matrix"], static["inputs"]
+    return quantised(code, matrix, w, scales, codes=codes, inputs=inputs, limit=limit)

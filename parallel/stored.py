@@ -265,6 +265,7 @@ def usable(weight: Any, dtype: Any) -> jax.Array:
     return weight.dense(dtype) if isinstance(weight, Packed) else untwinned(weight)
 
 
+@jax.jit
 def dense_layer(node: Any) -> jax.Array:
     """The array of one layer's weight, in float32 and not divided."""
     if isinstance(node, Packed):

@@ -81,7 +81,7 @@ def test_make_test_passes_tests(clone, variables):
 
 def test_the_map_names_every_file():
     rooms = ["parallel", "models", "data", "training", "generation", "memory", "hf", "harness"]
-    rooms += ["configs", "benchmarks"]
+    rooms += ["compress", "configs", "benchmarks"]
     files = [*ROOT.glob("*.py"), *(f for room in rooms for f in (ROOT / room).glob("*.py"))]
     names = {str(f.relative_to(ROOT)) for f in files if f.name != "__init__.py"}
     mapped = re.findall(r"^\| `(\S+\.py)` \|", (ROOT / "README.md").read_text(), re.M)

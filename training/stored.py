@@ -165,7 +165,7 @@ def dense_params(params: Tree, axes: Tree) -> Tree:
         if not is_stored(node):
             return node
         layers = node.cut() if _stacked(axes) else [node]
-        made = [jax.jit(dense_layer)(layer) for layer in layers]
+        made = [dense_layer(layer) for layer in layers]
         return jnp.stack(made) if _stacked(axes) else made[0]
 
     return jax.tree.map(dense, params, axes, is_leaf=is_stored)

@@ -13,11 +13,11 @@ import numpy as np
 
 from models.config import ModelConfig
 from parallel.forms import read_form
-from parallel.precision import PrecisionConfig
 from parallel.remat import FORWARD, RematConfig
+from parallel.zero import for_model
 from tests.small import DECODER, Laid, initial_params, layout
+from training.micro_batches import loss_weights
 from training.naming import named
-from training.step import loss_and_grads
 from training.stored import WeightsConfig, stored
 
 PLAIN = replace(DECODER, dropout=0.0)
@@ -55,10 +55,16 @@ def walked(config: ModelConfig = PLAIN, seed: int = 1, **sizes: int) -> Iterator
 
 
 def loss_of(laid: Laid, params: Any, seed: int = 0) -> float:
-    metrics, _ = jax.jit(loss_and_grads(laid.model, PrecisionConfig()))(
-        params, laid.batch(seed), None, jnp.float32(1)
-    )
-    return float(metrics["loss"])
+    """The mean loss of a batch, without a gradient."""
+    model = laid.model
+
+    @jax.jit
+    def loss(params: Any, batch: Any) -> jax.Array:
+        leaves, build = for_model(params, model.axes, model.rules, "float32")
+        weights, _ = loss_weights(batch, jnp.float32(1))
+        return model.loss(build(leaves), batch, weights, None)[0]
+
+    return float(loss(params, laid.batch(seed)))
 
 
 def numpy_of(tree: Any) -> dict[str, np.ndarray]:

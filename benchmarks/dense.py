@@ -1,6 +1,6 @@
 """A decoder of 6.2 million parameters on the Python standard library: what compression is shown on.
 
-    python train.py --config=configs/compressed.py --workdir=runs/dense
+    python train.py --config=benchmarks/dense.py --workdir=runs/dense
 
 SwiGLU, RMSNorm and rotary positions as in Llama 3 (https://arxiv.org/abs/2407.21783), a BPE of 4096
 tokens. On two CPU cores a quarter of an hour.

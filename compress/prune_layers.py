@@ -1,0 +1,157 @@
+"""Weights made zero layer by layer, by what calibration text says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compress.prune import check_share, prune_by_magnitude
+from compress.result import Result
+from compress.sparsegpt import sparsegpt
+from compress.walk import Layer, check_walk, walk
+from compress.wanda import wanda
+from parallel.forms import Form
+from parallel.rules import STACKS
+from training.magnitude import SCOPES
+from training.micro_batches import Batch
+from training.naming import named
+from training.state import Model
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Which weights become zero.
+
+    Attributes:
+      method: magnitude, wanda or sparsegpt.
+      sparsity: the share of zeros.
+      pattern: unstructured or 2:4.
+      scope: of magnitude: layer or global (one threshold for all matrices).
+      packed: 2:4 weights are stored as what is left of them and its places.
+      damp: of SparseGPT.
+    """
+
+    method: str = "sparsegpt"
+    sparsity: float = 0.5
+    pattern: str = "unstructured"
+    scope: str = "layer"
+    packed: bool = False
+    damp: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, right in (
+            ("method", METHODS),
+            ("scope", SCOPES),
+            ("pattern", ("unstructured", "2:4")),
+        ):
+            value = getattr(self, name)
+            if value not in right:
+                raise ValueError(f"--{name}={value}: choose one of {', '.join(right)}")
+        check_share(self.sparsity, self.pattern)
+        if not 0 < self.damp < 1:
+            raise ValueError(f"--damp={self.damp}: a part of the mean, between 0 and 1")
+        if self.packed and self.pattern != "2:4":
+            raise ValueError(
+                f"--packed: zeros of --pattern={self.pattern} have no smaller form; give "
+                f"--pattern=2:4"
+            )
+        if self.scope == "global" and self.method != "magnitude":
+            raise ValueError(
+                f"--scope=global: {self.method} compares within a channel or a block; give "
+                f"--method=magnitude"
+            )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it reads text."""
+        return self.method != "magnitude"
+
+
+def prune(
+    how: Prune,
+    names: Collection[str],
+    model: Model,
+    params: Any,
+    batches: Sequence[Batch],
+) -> Result:
+    """The model with zeros in some matrices.
+
+    Args:
+      names: canonical names of the matrices.
+      model: dense; call it under its mesh.
+      params: master parameters; they stay.
+      batches: calibration text; none for magnitude.
+    """
+    result, form = Result(model, params), Form("2:4")
+    packed = jax.jit(lambda matrix, w: form.store(matrix, matrix.flat(w)), static_argnums=0)
+
+    def put(name: str, layer: int, w: np.ndarray) -> None:
+        if how.packed:
+            matrix = result.matrix(name)
+            form.check(matrix, f"--pattern=2:4: {name}")
+            result.put(name, layer, packed(matrix, jnp.asarray(w)), form)
+        else:
+            result.put(name, layer, w)
+
+    if not how.calibrated:
+        pruned = named(
+            prune_by_magnitude(
+                params, model.axes, names, how.sparsity, scope=how.scope, pattern=how.pattern
+            )
+        )
+        for name in names:
+            stacked = result.axes[name].split()[0] in STACKS
+            for layer in range(result.layers(name)):
+                one = pruned[name][layer] if stacked else pruned[name]
+                put(name, layer, np.asarray(jax.reshard(one, jax.P())))
+        return result
+    check_walk(model, f"--method={how.method}")
+
+    def visit(layer: Layer) -> dict[str, jax.Array]:
+        changed = {}
+        for name, inputs in layer.inputs.items():
+            if name not in names:
+                continue
+            matrix, w = result.matrix(name), np.asarray(layer.weights[name])
+            flat = w.reshape(matrix.rows, matrix.columns)
+            if how.method == "wanda":
+                squares = np.diag(inputs.moment)
+                made = wanda(flat, squares, how.sparsity, pattern=how.pattern)
+            else:
+                made = sparsegpt(
+                    flat, inputs.moment, how.sparsity, pattern=how.pattern, damp=how.damp
+                )
+            made = made.reshape(w.shape)
+            put(name, layer.number, made)
+            changed[name] = jnp.asarray(made)
+        return changed
+
+    walk(model, params, batches, visit)
+    return result
+
+
+def activation_scores(
+    heads: int, head_dim: int, layers: Sequence[Layer], prefix: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of every head and channel how much of it reaches the residual stream, float64 [L, N], [L, F].
+
+    The mean |x| that comes into the last product of a sublayer times the norm of its row there
+    (Minitron, Muralidharan et al. 2024, section 2.2, https://arxiv.org/abs/2407.14679, sums |x|
+    alone).
+    """
+
+    def rows(layer: Layer, name: str) -> np.ndarray:
+        inputs = layer.inputs[prefix + name]
+        w = np.asarray(layer.weights[prefix + name], np.float64)
+        flat = w.reshape(len(inputs.sizes), -1)
+        return np.asarray(inputs.sizes, np.float64) * np.linalg.norm(flat, axis=1)
+
+    of_heads = [rows(layer, "attention/out").reshape(heads, head_dim).sum(-1) for layer in layers]
+    return np.stack(of_heads), np.stack([rows(layer, "mlp/down") for layer in layers])
