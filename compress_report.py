@@ -141,7 +141,7 @@ def config_of(config: Any, dense: Path, folder: Path) -> Any:
         )
     values = {
         f"config.{section}.{key}": value
-        for section in OF_THE_MODEL
+        for section in (*OF_THE_MODEL, "quantize")  # and what it rounds where it computes
         for key, value in plain(other[section]).items()
         if key not in KEPT
     }

@@ -98,6 +98,8 @@ def opened(config: ConfigDict, workdir: Path, step: int | None, out: Path) -> It
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={out}: is there already; give a folder that is not")
+    # What it is made of, and what is written, are the master weights: rounded once.
+    config = with_values(config, {"config.quantize.forms": {}})
     experiment = read_experiment(config, jax.device_count(), training=False)
     experiment = replace(experiment, remat=RematConfig(FORWARD))
     if experiment.adapter.method:

@@ -43,6 +43,7 @@ from training.losses import LossConfig
 from training.metrics import LoggingConfig
 from training.objectives import check_objective, make_model
 from training.optim import OptimizerConfig
+from training.rounded import QuantizeConfig, rounded
 from training.sparsity import SparsityConfig
 from training.state import Model
 from training.stored import WeightsConfig, stored
@@ -88,6 +89,7 @@ class Experiment:
     init_drop: tuple[str, ...]  # of those in it that are left out
     model: ModelConfig
     weights: WeightsConfig
+    quantize: QuantizeConfig
     adapter: AdapterConfig
     mesh: MeshConfig
     parallel: ParallelConfig
@@ -161,11 +163,12 @@ class Experiment:
         """The model as pure functions under this layout; call it inside `jax.set_mesh`.
 
         Raises:
-          ValueError: `config.weights`, `config.adapter` or `config.optimizer.frozen` is of other
-            parameters.
+          ValueError: `config.weights`, `config.quantize`, `config.adapter` or
+            `config.optimizer.frozen` is of other parameters.
         """
         frozen = self.optimizer.frozen if self.training else ()
         made = freeze(adapted(self._stored(self.model), self.adapter), frozen)
+        made = rounded(made, self.quantize)
         if self.teacher is None:
             return made
         widths = self.model.embed_dim, self.teacher.model.embed_dim
@@ -243,6 +246,7 @@ class Experiment:
             sparsity=self.sparsity,
             distill=self.distill,
             teacher=teacher,
+            quantize=self.quantize,
         )
 
     @property
@@ -290,6 +294,7 @@ class Experiment:
         notes += config_checks.without_effect(self.model)
         notes += self.objective.without_effect()
         notes += self.distill.without_effect()
+        notes += self.quantize.without_effect(backend)
         notes += agree.without_effect(self.data, self.objective)
         if self.loss.z_loss and not self.model.token_head:
             notes.append("config.loss.z_loss has no effect: no token is predicted")
@@ -333,6 +338,7 @@ def read_experiment(config: ConfigDict, device_count: int, *, training: bool = T
         init_drop=fit(config.init_drop, tuple[str, ...], "config.init_drop"),
         model=read_model(config),
         weights=build(WeightsConfig, config.weights, "config.weights"),
+        quantize=build(QuantizeConfig, config.quantize, "config.quantize"),
         adapter=build(AdapterConfig, config.adapter, "config.adapter"),
         mesh=build(MeshConfig, config.mesh, "config.mesh").resolve(device_count),
         parallel=build(ParallelConfig, config.parallel, "config.parallel"),

@@ -25,6 +25,7 @@ import numpy as np
 from compress.factorize import Factorize, factorize
 from compress.fold import apply_fold, folds_of, shared_scale
 from compress.gptq import output_error
+from compress.prune_layers import Prune, prune
 from compress.quantize import Quantize, quantize
 from compress.result import Result
 from compress.walk import STACK, Layer, matrices_of, walk
@@ -118,7 +119,7 @@ def main() -> None:
     """Each part, over all seeds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--part", default="quantize,outliers,factorize")
+    parser.add_argument("--part", default="quantize,outliers,factorize,prune")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=16, help="held-out, of the run's size")
     options = parser.parse_args()
@@ -128,6 +129,7 @@ def main() -> None:
         "quantize": quantized,
         "outliers": outliers,
         "factorize": factored,
+        "prune": pruned,
     }
     config = read_config(options.workdir)
     with opened(config, options.workdir, None, Path("/nowhere")) as run:
@@ -283,6 +285,27 @@ def factored(bench: Bench, dense: Arrays, seeds: range) -> list[Any]:
             made = factorize(Factorize(method), forms, run.model, run.params, batches)
             arrays = dense_of(made, dense)
             rows.append(row_of(bench, dense, arrays, method=method, form="rank:96", seed=seed))
+    return rows
+
+
+def pruned(bench: Bench, dense: Arrays, seeds: range) -> list[Any]:
+    """Half of the weights zero, by magnitude and by what text says."""
+    rows, run = [], bench.run
+    names = list(forms_of(run, "stack/*", "int8", "form"))
+
+    def made(method: str, pattern: str, batches: list[Any]) -> Arrays:
+        how = Prune(method, pattern=pattern)
+        return dense_of(prune(how, names, run.model, run.params, batches), dense)
+
+    for pattern in ("unstructured", "2:4"):
+        arrays = made("magnitude", pattern, [])
+        rows.append(row_of(bench, dense, arrays, method="magnitude", form=pattern))
+    for seed in seeds:
+        batches = run.calibration(ROWS, 100 + seed, "wanda")
+        for method in ("wanda", "sparsegpt"):
+            for pattern in ("unstructured", "2:4") if seed == 0 else ("unstructured",):
+                arrays = made(method, pattern, batches)
+                rows.append(row_of(bench, dense, arrays, method=method, form=pattern, seed=seed))
     return rows
 
 

@@ -107,6 +107,11 @@ def get_config() -> ConfigDict:
     # checkpoint's config has them: int8, int4:128, int3:128, nf4:64, fp8, 2:4, rank:64
     weights.forms = ConfigDict()
 
+    config.quantize = quantize = ConfigDict()  # training/rounded.py; rounding in training
+    # Forms that weights are rounded to where they are used, the gradient going straight through, by
+    # patterns as above: {"stack/*": "int4:32"}. int8+int8 and fp8+fp8 multiply codes with codes
+    quantize.forms = ConfigDict()
+
     config.adapter = adapter = ConfigDict()  # training/adapters.py; docs/adapters.md
     adapter.method = ""  # "" (none) | lora | dora | ia3 | prefix: what is trained on a frozen base
     adapter.base = ""  # the workdir of a run, compressed or not; it fills `model` and the like

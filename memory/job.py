@@ -31,6 +31,7 @@ from training.frozen import freeze
 from training.losses import LossConfig
 from training.objectives import make_model
 from training.optim import Optimizer, OptimizerConfig, make_optimizer
+from training.rounded import QuantizeConfig, rounded
 from training.schedules import make_schedule
 from training.sparsity import SparsityConfig, make_sparsity
 from training.state import Model, placed_params
@@ -38,6 +39,7 @@ from training.step import Step, make_step
 
 NO_TEACHER = DistillConfig()
 NO_PRUNING = SparsityConfig()
+NOT_ROUNDED = QuantizeConfig()
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Job:
       steps: of the run, for the schedule.
       rules: the layout.
       teacher: what the student learns from, as a job of the same micro-steps.
+      quantize: what is rounded; of programs that are compiled, formulas do not know of it.
     """
 
     model: ModelConfig
@@ -72,6 +75,7 @@ class Job:
     sparsity: SparsityConfig = NO_PRUNING
     distill: DistillConfig = NO_TEACHER
     teacher: Job | None = None
+    quantize: QuantizeConfig = NOT_ROUNDED
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -89,7 +93,7 @@ class Job:
         model = encoder_beside(self.model)
         if model is None:
             return None
-        # Names of frozen parameters are the whole model's.
+        # Names of frozen and of rounded parameters are the whole model's.
         optimizer = replace(self.optimizer, frozen=())
         length = beside_length(self.model, self.source_length)
         return replace(
@@ -99,6 +103,7 @@ class Job:
             sequence_length=length,
             source_length=0,
             pipeline=None,
+            quantize=NOT_ROUNDED,
         )
 
     @property
@@ -166,7 +171,7 @@ class Job:
         model = make_model(
             self.model, self.objective, self.loss, self.rules, self.remat, self.pipeline
         )
-        model = freeze(model, self.optimizer.frozen)
+        model = rounded(freeze(model, self.optimizer.frozen), self.quantize)
         if self.teacher is None:
             return model
         widths = self.model.embed_dim, self.teacher.model.embed_dim

@@ -15,21 +15,22 @@ from jax.sharding import PartitionSpec as P
 
 from parallel.codes import FLOAT8, TINY, Code
 from parallel.contract import contract
-from parallel.quantised import Quantised
+from parallel.stored import Coded
 
 CODES = {"int8": Code("int", 8, 0), "fp8": Code("fp8", 8, 0)}
 SUMS = {"int8": jnp.int32, "fp8": jnp.float32}
 
 
-def multiply_codes(equation: str, x: jax.Array, weight: Quantised, out: P) -> jax.Array:
+def multiply_codes(equation: str, x: jax.Array, weight: Coded, out: P) -> jax.Array:
     """`jnp.einsum(equation, x, weight)` of both as codes, in the dtype of x."""
     inputs, result = equation.split("->")
     x_dims, w_dims = inputs.split(",")
     codes, scale = encode_rows(x, x_dims, result, weight.inputs, weight.limit)
-    sums = contract(equation, codes, weight.code_array(), out, SUMS[weight.inputs])
+    w_codes, w_scale = weight.coded()
+    sums = contract(equation, codes, w_codes, out, SUMS[weight.inputs])
     channels = "".join(d for d in w_dims if d in result)
     x_scale = _in_place(scale, "".join(d for d in x_dims if d in result), result)
-    w_scale = _in_place(weight.channel_scales(), channels, result)
+    w_scale = _in_place(w_scale, channels, result)
     return (sums.astype(jnp.float32) * x_scale * w_scale).astype(x.dtype)
 
 

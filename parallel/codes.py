@@ -69,15 +69,25 @@ class Code:
         return rows // (self.group or rows)
 
 
-def scales_of(code: Code, w: jax.Array, clip: jax.Array | float = 1.0) -> jax.Array:
+def scales_of(
+    code: Code,
+    w: jax.Array,
+    clip: jax.Array | float = 1.0,
+    *,
+    over: tuple[str, ...] = (),
+) -> jax.Array:
     """Scales [..., G, M] of a matrix [..., K, M], in `code.scale_dtype`.
 
     Args:
       clip: the part of the range that is covered; a scalar, or for each scale.
+      over: mesh axes whose devices have parts of each channel's rows, where `w` is such a part.
     """
     *lead, rows, columns = w.shape
     groups = code.groups(rows)
     largest = jnp.max(jnp.abs(w.reshape(*lead, groups, rows // groups, columns)), axis=-2)
+    if over:
+        assert not code.group, code
+        largest = jax.lax.pmax(largest, over)
     scales = largest * jnp.asarray(clip, jnp.float32) / code.limit
     scales = jnp.where(scales < TINY, 1.0, scales)
     if code.scale_dtype == "float16":  # not to become zero or infinite there
@@ -169,6 +179,12 @@ def second_level(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     step = jnp.where(largest < TINY, 1.0, largest / 127)
     codes = jnp.round(centred / wide(step, columns))
     return jnp.clip(codes, -127, 127).astype(jnp.int8), step, mean
+
+
+def through_second_level(scales: jax.Array) -> jax.Array:
+    """What is left of NF4's scales [..., G, M] after `second_level`."""
+    codes, step, mean = second_level(scales)
+    return codes.astype(jnp.float32) * wide(step, scales.shape[-1]) + mean[..., None]
 
 
 def wide(step: jax.Array, columns: int) -> jax.Array:

@@ -8,9 +8,9 @@ products (q, k and v; gate and up), the partial gradients of the input are summe
 before one reduction over `tensor`, not one each.
 
 Weights in other forms (`parallel/stored.py`) come through here, too: packed ones are made dense for
-the product and again for the backward pass, and only the packed form is kept in between; they are
-frozen. Composed ones say themselves how they multiply; of those with an adapter
-(`parallel/adapted.py`) the bases are multiplied here, together.
+the product and again for the backward pass, and only the packed form is kept in between. They are
+frozen, but for those that say what of them is trained. Composed ones say themselves how they
+multiply; of those with an adapter (`parallel/adapted.py`) the bases are multiplied here, together.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from parallel.contract import (
 )
 from parallel.gather import gather
 from parallel.mesh import PIPE
-from parallel.quantised import Quantised
 from parallel.rules import FSDP
-from parallel.stored import Composed, Packed, Stored, differentiable, usable
+from parallel.stored import Coded, Composed, Packed, Stored, computed, differentiable, usable
 from parallel.twin import Twin
 
 Weight = jax.Array | Twin | Stored
@@ -89,10 +88,9 @@ def _together(
     """Products with arrays and packed weights: one sum of the input's partial gradients."""
     weights = [w for w, _ in pairs]
     differentiated = [differentiable(w) for w in weights]
-    for w in weights:
-        array = w.whole if isinstance(w, Twin) else w
-        assert isinstance(w, Packed) or array.dtype == x.dtype, (equation, w, x.dtype)
-    used = [w.whole if isinstance(w, Twin) else w for w in weights]
+    used = [computed(w) for w in weights]
+    for w in used:
+        assert isinstance(w, Packed) or w.dtype == x.dtype, (equation, w, x.dtype)
     static = _Static(
         equation,
         tuple(out for _, out in pairs),
@@ -137,7 +135,7 @@ def _forward(
     x = gather(x, static.inside)
     products = [
         multiply_codes(static.equation, x, w, out)
-        if isinstance(w, Quantised) and w.inputs
+        if isinstance(w, Coded) and w.inputs
         else contract(static.equation, x, static.usable(w, out, x.dtype), out)
         for w, out in zip(weights, static.outs, strict=True)
     ]

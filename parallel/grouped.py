@@ -25,8 +25,7 @@ from parallel.contract import axes_of, by_device, gathered, without
 from parallel.gather import gather
 from parallel.mesh import PIPE
 from parallel.rules import FSDP
-from parallel.stored import Packed, differentiable
-from parallel.twin import Twin
+from parallel.stored import Packed, computed, differentiable
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 512, 8
 
@@ -68,7 +67,7 @@ def grouped(
       outs: layout of each result; a contracted dim that is divided is summed over.
       inside: the layout that x is brought to first; its gradient comes back in that of x.
     """
-    used = [w.whole if isinstance(w, Twin) else w for w in weights]
+    used = [computed(w) for w in weights]
     differentiated = [differentiable(w) for w in weights]
     own = jax.typeof(x_GRX).sharding.spec
     static = _Static(

@@ -21,7 +21,7 @@ from parallel.codes import (
     wide,
 )
 from parallel.rules import Rules
-from parallel.stored import UNDIVIDED, Matrix, Packed, aligned_names
+from parallel.stored import UNDIVIDED, Coded, Matrix, aligned_names
 
 
 @partial(
@@ -30,16 +30,14 @@ from parallel.stored import UNDIVIDED, Matrix, Packed, aligned_names
     meta_fields=["code", "matrix", "inputs"],
 )
 @dataclass(frozen=True)
-class Quantised(Packed):
+class Quantised(Coded):
     """A weight [lead, K, M] as codes in bytes, and scales.
 
     Attributes:
       codes: packed, [lead, K bits / 8, M].
       scales: [lead, G, M]; of NF4 int8.
       steps, mean: of NF4's scales (`codes.second_level`), else None.
-      limit: float32 [1], the largest |x| of an input that is not cut off, where inputs are codes
-        with one scale; None: each token has its own.
-      inputs: "" or a form in which inputs are multiplied: "int8", "fp8".
+      inputs, limit: as in `Coded`.
     """
 
     codes: Any
@@ -76,16 +74,12 @@ class Quantised(Packed):
         mean = jax.reshard(self.mean[..., None], jax.P())
         return self.scales.astype(jnp.float32) * step + mean
 
-    def code_array(self) -> jax.Array:
-        """The codes of one layer, with the weight's own dims."""
-        here: Any = self.gathered()
-        return here.laid_out(lambda node: unpack(node.code, node.codes))
-
-    def channel_scales(self) -> jax.Array:
-        """The scale of each channel, with the dims of the weight that are not contracted."""
+    def coded(self) -> tuple[jax.Array, jax.Array]:
+        """See `Coded`."""
         assert not self.code.group, self.code
         here: Any = self.gathered()
-        return here.laid_out(lambda node: node.scales[..., 0, :], contracted=False)
+        codes = here.laid_out(lambda node: unpack(node.code, node.codes))
+        return codes, here.laid_out(lambda node: node.scales[..., 0, :], contracted=False)
 
     def unpacked(self, dtype: Any) -> jax.Array:
         """See `Packed`; not of a second level."""

@@ -128,7 +128,15 @@ class Stored(ABC):
 
 
 class Packed(Stored):
-    """A weight that is frozen and made dense where it is used."""
+    """A weight that is made dense where it is used, and frozen unless it says what is trained."""
+
+    def trained(self) -> jax.Array | None:
+        """The array whose gradient is that of the dense weight, laid out as this array."""
+        return None
+
+    def computed(self) -> Packed:
+        """The same without what is only trained."""
+        return self
 
     @abstractmethod
     def unpacked(self, dtype: Any) -> jax.Array:
@@ -171,6 +179,25 @@ class Packed(Stored):
             entries, local = (list(x[:first]) + list(x[middle:]) for x in (entries, local))
         specs = jax.tree.map(lambda a: P(*_spec(a)), self)
         return by_device(lambda node: on_device(node).reshape(local), (specs,), P(*entries))(self)
+
+
+class Coded(Packed):
+    """A packed weight that inputs can meet as codes.
+
+    Attributes:
+      inputs: "" or a form in which inputs are multiplied: "int8", "fp8".
+      limit: float32 [1], the largest |x| of an input that is not cut off, where inputs are codes
+        with one scale; None: each token has its own.
+    """
+
+    inputs: str
+    limit: Any
+
+    @abstractmethod
+    def coded(self) -> tuple[jax.Array, jax.Array]:
+        """Codes of one layer with the weight's own dims, and the scale of each channel, with those
+        that are not contracted.
+        """
 
 
 class Composed(Stored):
@@ -224,8 +251,13 @@ def untwinned(array: jax.Array | Twin) -> jax.Array:
 def differentiable(weight: Any) -> jax.Array | None:
     """What of a weight is trained, if it is an array, a `Twin` or packed."""
     if isinstance(weight, Packed):
-        return None
+        return weight.trained()
     return weight.part if isinstance(weight, Twin) else weight
+
+
+def computed(weight: Any) -> jax.Array | Packed:
+    """The same without its part that is only differentiated."""
+    return weight.computed() if isinstance(weight, Packed) else untwinned(weight)
 
 
 def usable(weight: Any, dtype: Any) -> jax.Array:
