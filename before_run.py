@@ -181,6 +181,20 @@ def initial_params(
     return read
 
 
+def check_trainable(checkpoints: Checkpoints, workdir: Path) -> None:
+    """Refuses to continue a run that `python -m compress` wrote.
+
+    Raises:
+      ValueError: its newest checkpoint has parameters alone.
+    """
+    step = checkpoints.latest()
+    if step is not None and checkpoints.metadata(step).keys() & {"compressed", "merged"}:
+        raise ValueError(
+            f"--workdir={workdir}: python -m compress wrote it, without an optimizer's state; "
+            f"train it in a new --workdir, with --config=FILE and --config.init_from={workdir}"
+        )
+
+
 def check_same_inputs(
     saved: Mapping[str, Any], now: Mapping[str, str], config: ConfigDict, workdir: Path
 ) -> None:

@@ -59,7 +59,7 @@ def load_config(where: str) -> ConfigDict:
         key that `configs/base.py` does not have, or a value of another type than there.
     """
     path, _, argument = where.partition(":")
-    given = _run_config_file(Path(path), [argument] if argument else [], f"--config={where}")
+    given = run_config_file(Path(path), [argument] if argument else [], f"--config={where}")
     if not isinstance(given, ConfigDict | dict):
         kind = type(given).__name__
         raise ValueError(f"--config={where}: get_config() should return a ConfigDict, not {kind}")
@@ -194,7 +194,7 @@ def keys_named(name: str) -> list[str]:
     return [key for key, _ in _values(base.get_config()) if key.endswith(f".{name}")]
 
 
-def _run_config_file(file: Path, arguments: list[str], shown: str) -> Any:
+def run_config_file(file: Path, arguments: list[str], shown: str) -> Any:
     """What a file's `get_config(*arguments)` returns; its errors become one line with the place."""
     if not file.is_file():
         near = [str(p) for p in sorted(file.parent.glob("*.py")) if _is_experiment(p)]

@@ -6,6 +6,9 @@
 A run that began from a checkpoint (`config.init_from`) goes back as that one was: its family,
 names, dtypes and tokenizer; --like=DIR says so of another. Else the family is the first that
 computes what `config.model` says, weights are float32, and the run's tokenizer is copied.
+
+Of a compressed run (`config.weights.forms`) the dense arrays are written that its codes or factors
+stand for: the folder computes the same, and is as large as the dense run's.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ def main(
     from parallel.mesh import make_mesh
     from run_params import saved_params
     from training.adapters import merged
+    from training.stored import dense_params
 
     if jax.process_count() > 1:
         raise ValueError(
@@ -60,6 +64,10 @@ def main(
         if experiment.adapter.method:
             params = merged(model, params, experiment.adapter)
             model = experiment.build_dense()
+        elif experiment.weights.forms:
+            params = dense_params(params, model.axes)
+            model = experiment.build_dense()
+            print(f"note: {workdir} is compressed (config.weights.forms), and {out} is dense")
         special, files = ({}, {}) if source is not None else tokenizer_of(experiment, workdir)
         architecture = export_params(
             params,
@@ -93,13 +101,14 @@ def tokenizer_of(experiment: Any, workdir: Path) -> tuple[dict[str, Any], dict[s
     return {"eos_token_id": tokenizer.end_id}, files
 
 
+FLAGS = (
+    cli.Flag("out", Path, None, "the folder to write; it is not there yet", required=True),
+    cli.Flag("step", int, None, "the step to write; default: the newest"),
+    cli.Flag("like", Path, None, "a checkpoint of the same family to follow in all else"),
+    cli.Flag("dtype", str, None, "of the weights; default: that of --like, or float32", DTYPES),
+    cli.Flag("shard_gb", float, 5.0, "GB of a file, at most"),
+)
+
 if __name__ == "__main__":
     use_huge_pages()
-    flags = [
-        cli.Flag("out", Path, None, "the folder to write; it is not there yet", required=True),
-        cli.Flag("step", int, None, "the step to write; default: the newest"),
-        cli.Flag("like", Path, None, "a checkpoint of the same family to follow in all else"),
-        cli.Flag("dtype", str, None, "of the weights; default: that of --like, or float32", DTYPES),
-        cli.Flag("shard_gb", float, 5.0, "GB of a file, at most"),
-    ]
-    cli.run(main, name="export.py", about=__doc__, config_from="workdir", flags=flags)
+    cli.run(main, name="export.py", about=__doc__, config_from="workdir", flags=FLAGS)

@@ -30,7 +30,7 @@ def train(config: Any, workdir: Path) -> None:
     """Config, mesh, data, state, step, loop."""
     import jax
 
-    from before_run import beginning, check_same_inputs
+    from before_run import beginning, check_same_inputs, check_trainable
     from config_border import check_same_run, has_config, read_config, write_config
     from config_types import plain
     from data.loader import device_batches, local_rows
@@ -58,6 +58,7 @@ def train(config: Any, workdir: Path) -> None:
     watch = MemoryWatch(workdir / "memory")
     experiment = read_experiment(config, jax.device_count())
     checkpoints = Checkpoints(workdir / "checkpoints", experiment.checkpoint)
+    check_trainable(checkpoints, workdir)
     if checkpoints.latest() is not None and has_config(workdir):
         check_same_run(read_config(workdir), config)
     mesh = make_mesh(experiment.mesh)

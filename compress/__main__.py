@@ -4,6 +4,9 @@
     python -m compress quantize --workdir=runs/dense --out=runs/int4 --form=int4:128 --method=gptq
     python -m compress merge --workdir=runs/lora --out=runs/merged
     python -m compress factorize --workdir=runs/dense --out=runs/thin --keep=0.7
+    python -m compress recipe --workdir=runs/dense --out=runs/recipe \
+        --recipe=configs/recipes/small.py
+    python -m compress report --workdir=runs/dense --runs=runs/int8,runs/int4 --out=runs/report
 
 `python -m compress METHOD --help` lists the flags of one. docs/compression.md tells which to take.
 """
@@ -52,9 +55,30 @@ def methods() -> dict[str, Method]:
     }
 
 
+def of_runs() -> dict[str, Method]:
+    """Commands on the runs that methods write."""
+    import compress_recipe
+    import compress_report
+
+    return {
+        "recipe": Method(
+            compress_recipe.main, compress_recipe.FLAGS, "Methods and training, one after another."
+        ),
+        "report": Method(
+            compress_report.main, compress_report.FLAGS, "What runs weigh, cost and lose, compared."
+        ),
+    }
+
+
+def flags_of(name: str) -> tuple[cli.Flag, ...]:
+    """All that a command takes."""
+    known = methods()
+    return (OUT, STEP, *known[name].flags) if name in known else of_runs()[name].flags
+
+
 def run(arguments: list[str]) -> None:
     """Finds the method and hands over."""
-    known = methods()
+    known = methods() | of_runs()
     name = arguments[0] if arguments else ""
     if name in ("", "-h", "--help"):
         print(f"{__doc__}\nMethods:")
@@ -70,7 +94,7 @@ def run(arguments: list[str]) -> None:
         name=f"python -m compress {name}",
         about=method.about,
         config_from="workdir",
-        flags=(OUT, STEP, *method.flags),
+        flags=flags_of(name),
         argv=arguments[1:],
     )
 

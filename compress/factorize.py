@@ -29,7 +29,7 @@ from training.naming import named
 from training.state import Model
 
 METHODS = ("svd", "whitened", "asvd")
-DAMP = 1e-6  # of the mean of the moment's diagonal: it has to have a Cholesky factor
+FLOOR = 1e-6  # of a moment's largest eigenvalue; what a float32 sum says below that is rounding
 CHOICES = 8  # ranks that a budget chooses from, besides the array itself
 
 
@@ -59,10 +59,9 @@ class Factorize:
             mean = np.asarray(inputs.sizes, np.float64)
             scale = np.maximum(mean, 1e-6 * float(mean.max(initial=1e-24))) ** self.exponent
             return np.diag(scale), np.diag(1 / scale)
-        moment = np.array(inputs.moment, np.float64)
-        moment[np.diag_indices(rows)] += DAMP * max(float(np.mean(np.diag(moment))), 1e-30)
-        upper = np.linalg.cholesky(moment).T
-        return upper, np.linalg.inv(upper)
+        squares, vectors = np.linalg.eigh(np.array(inputs.moment, np.float64))
+        root = np.sqrt(np.maximum(squares, FLOOR * max(float(squares[-1]), 1e-30)))
+        return root[:, None] * vectors.T, vectors / root
 
     def factors(
         self, w_KM: np.ndarray, rank: int, inputs: Inputs | None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from parallel.rules import Rules
-from parallel.stored import Composed, Door, Matrix
+from parallel.stored import Composed, Door, Matrix, untwinned
 
 INNER = "z"  # the letter of the rank in equations, which no model uses
 
@@ -36,7 +36,8 @@ class LowRank(Composed):
 
     def merged(self) -> jax.Array:
         """See `Composed`."""
-        return jnp.tensordot(self.into, self.out_of, 1)
+        into, out_of = (jax.reshard(untwinned(a), P()) for a in (self.into, self.out_of))
+        return jnp.tensordot(into, out_of, 1)
 
     def product(self, door: Door, equation: str, x: jax.Array, out: P, inside: P) -> jax.Array:
         """See `Composed`; where K is divided, the sum over devices is of r numbers a token."""
