@@ -247,6 +247,7 @@ class Experiment:
             distill=self.distill,
             teacher=teacher,
             quantize=self.quantize,
+            weights=self.weights,
         )
 
     @property

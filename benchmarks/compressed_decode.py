@@ -2,16 +2,17 @@
 
     python -m benchmarks.compressed_decode [--rounds=5]
 
-Weights are drawn; a step adds a token to each row. Forms take turns, so that a busy machine slows all
-of them; figures are medians over rounds of the time of a step, and of its ratio to float32's in the
-same round. Beside them are the bytes of weights that a step reads, and what they would take at the
-bandwidth of the machine, measured in the same process.
+Weights are drawn; a step adds a token to each row. Forms take turns, so that a busy machine slows
+all of them; figures are medians over rounds of the time of a step, and of its ratio to float32's in
+the same round. Beside them are the bytes of weights that a step reads, and what they would take at
+the bandwidth of the machine, measured in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -46,10 +47,10 @@ def main() -> None:
     result: dict[str, Any] = {
         "jax": jax.__version__,
         "machine": platform.processor() or platform.machine(),
-        "cores": len(__import__("os").sched_getaffinity(0)),
+        "cores": os.cpu_count(),
     }
     with jax.set_mesh(mesh):
-        result["bandwidth"] = bandwidth()
+        result["bandwidth"] = bandwidth()  # GB/s
         for rows in (1, 8):
             steps = {form: step_of(experiment, form, rows) for form in FORMS}
             times: dict[str, list[float]] = {form: [] for form in FORMS}
@@ -64,7 +65,7 @@ def main() -> None:
                     "speed_of_float32": statistics.median(ratios),
                     "range": [min(ratios), max(ratios)],
                     "weight_mib": size / 2**20,
-                    "milliseconds_at_bandwidth": 1e3 * size / result["bandwidth"],
+                    "milliseconds_at_bandwidth": size / 1e6 / result["bandwidth"],
                 }
                 result[f"{form}, {rows} rows"] = row
                 print(form, rows, json.dumps(row), flush=True)

@@ -36,10 +36,12 @@ from training.schedules import make_schedule
 from training.sparsity import SparsityConfig, make_sparsity
 from training.state import Model, placed_params
 from training.step import Step, make_step
+from training.stored import WeightsConfig, stored
 
 NO_TEACHER = DistillConfig()
 NO_PRUNING = SparsityConfig()
 NOT_ROUNDED = QuantizeConfig()
+ARRAYS = WeightsConfig()
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Job:
       rules: the layout.
       teacher: what the student learns from, as a job of the same micro-steps.
       quantize: what is rounded; of programs that are compiled, formulas do not know of it.
+      weights: in what form they are at rest; the same.
     """
 
     model: ModelConfig
@@ -76,6 +79,7 @@ class Job:
     distill: DistillConfig = NO_TEACHER
     teacher: Job | None = None
     quantize: QuantizeConfig = NOT_ROUNDED
+    weights: WeightsConfig = ARRAYS
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -104,6 +108,7 @@ class Job:
             source_length=0,
             pipeline=None,
             quantize=NOT_ROUNDED,
+            weights=ARRAYS,
         )
 
     @property
@@ -171,7 +176,8 @@ class Job:
         model = make_model(
             self.model, self.objective, self.loss, self.rules, self.remat, self.pipeline
         )
-        model = rounded(freeze(model, self.optimizer.frozen), self.quantize)
+        model = freeze(stored(model, self.weights), self.optimizer.frozen)
+        model = rounded(model, self.quantize)
         if self.teacher is None:
             return model
         widths = self.model.embed_dim, self.teacher.model.embed_dim
