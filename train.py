@@ -3,7 +3,6 @@
     python train.py --config=configs/tiny.py --workdir=runs/tiny
     JAX_NUM_CPU_DEVICES=8 python train.py --config=configs/tiny.py --workdir=runs/tiny8 \
         --config.mesh.fsdp=4 --config.mesh.tensor=2
-    python train.py --config=configs/tiny.py --workdir=runs/tuned --config.init_from=DIR
 
 The workdir gets `config.json`, `metrics.jsonl`, `tensorboard/` and `checkpoints/`.
 """
