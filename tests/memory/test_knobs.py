@@ -60,6 +60,10 @@ KNOBS = {
         "memory/test_shared_plan.py test_frozen_weights_have_no_gradients_and_no_moments",
         "training/test_frozen.py test_nothing_is_propagated_below_what_is_trained",
     ),
+    "optimizer.rank": (
+        "training/test_low_rank.py test_what_is_projected_and_how_it_is_divided",
+        "memory/test_predict.py test_state_and_batch_are_predicted_to_the_byte",
+    ),
     "optimizer.offload": (
         f"{HERE} test_offloaded_state_and_tensors_of_bfloat16_leave_the_device",
         f"{HERE} test_on_cpu_nothing_leaves_the_device",
@@ -74,6 +78,7 @@ OTHERS = {
     "optimizer": {
         *("name", "learning_rate", "warmup_steps", "schedule", "final_fraction", "decay_fraction"),
         *("weight_decay", "clip_norm", "b1", "b2", "eps", "momentum"),
+        *("refresh", "projection_scale", "stochastic_rounding"),
     },
 }
 
