@@ -36,7 +36,6 @@ DRAWN = {
     "residual stream": ("#EF9F5E", ("one layer: residual", "hidden states", "embedding", "sent")),
     "loss head": ("#816500", ("loss head",)),
     "update": ("#A1016A", ("update", "optimizer")),
-    "teacher": ("#1C5A4C", ("teacher",)),
     "packing": ("#B1B1B2", ("packing",)),
     "other": ("#808783", ("",)),
 }

@@ -162,7 +162,8 @@ def test_components_have_names_of_their_own():
     )
     named = {*COMPONENTS, *one["predicted"]["components"]}
     others = {name for name in named if "other" in report._grouped({name: 1})}
-    assert others == {"batch", "collectives", "other"}
+    # Of colours that are told apart there are no more.
+    assert others == {"batch", "collectives", "other", "teacher"}
     assert "optimizer state" in report._grouped({"optimizer: first moment": 1})
     assert "update" in report._grouped({"optimizer": 1})  # what it needs while it works
 
