@@ -122,10 +122,6 @@ class Watched(Composed):
         cast = weight.cast(dtype) if is_stored(weight) else weight.astype(dtype)
         return replace(self, weight=cast)
 
-    def merged(self) -> jax.Array:
-        """It is never kept."""
-        raise NotImplementedError
-
     def product(self, door: Door, equation: str, x: jax.Array, out: P, inside: P) -> jax.Array:
         """See `Composed`."""
         self.recorder.record(self.name, equation, x)

@@ -84,11 +84,7 @@ class OneOf(Composed):
 
     def cast(self, dtype: Any) -> OneOf:
         """Each part was cast before it came here."""
-        raise NotImplementedError
-
-    def merged(self) -> jax.Array:
-        """A `ByLayer` is cut in layers instead."""
-        raise NotImplementedError
+        raise AssertionError("it lives inside a loop over layers alone")
 
     def product(self, door: Door, equation: str, x: jax.Array, out: P, inside: P) -> jax.Array:
         """See `Composed`."""

@@ -85,7 +85,7 @@ class Rounded(Coded):
 
     def unpacked(self, dtype: Any) -> jax.Array:
         """It has parts on several devices, which know too little each."""
-        raise NotImplementedError
+        raise AssertionError("dense() rounds over all devices")
 
     def _scaled(self) -> tuple[jax.Array, jax.Array]:
         """The array as it is rounded, and its scales [lead, G, dims that are not contracted]."""

@@ -203,9 +203,12 @@ class Coded(Packed):
 class Composed(Stored):
     """A weight that is not formed to compute with."""
 
-    @abstractmethod
     def merged(self) -> jax.Array:
-        """The array of one layer that it stands for, of arrays that are whole."""
+        """The array of one layer that it stands for, of arrays that are whole.
+
+        Of what lives for one trace alone there is none.
+        """
+        raise AssertionError(f"{type(self).__name__} is never kept")
 
     @abstractmethod
     def product(self, door: Door, equation: str, x: jax.Array, out: P, inside: P) -> jax.Array:
