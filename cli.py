@@ -222,6 +222,8 @@ def _silence(debug: bool) -> None:
     if not debug and sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _unraisable
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        # What Orbax had yet to write when a save failed: the failure itself is said elsewhere.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     from absl import flags
     from absl import logging as absl_logging
 
