@@ -50,15 +50,16 @@ def main(
         arrays = named(run.params)
         dense = sum(a.nbytes for a in arrays.values())
         forms: dict[str, Any] = {}
-        text = (chosen.method != "svd" and rank is not None) or keep is not None
-        batches = run.calibration(rows, seed, chosen.method) if text else []
+        calibrated = (chosen.method != "svd" and rank is not None) or keep is not None
+        batches = run.calibration(rows, seed, chosen.method) if calibrated else []
         if rank is not None:
             forms = forms_of(run, only, f"rank:{rank}", f"--rank={rank}")
         elif keep is not None:
             names = list(forms_of(run, only, "rank:1", f"--only={only}"))
             found = rank_candidates(chosen, names, run.model, run.params, batches)
             forms = mixed(found, 32 * keep, flag="keep")
-        made = factorize(chosen, forms, run.model, run.params, batches if forms else [])
+        text = batches if forms else []
+        made = factorize(chosen, forms, run.model, run.params, text, scratch=run.scratch)
         values: dict[str, Any] = {"config.weights.forms": made.forms()}
         if embedding_rank is not None:
             for name, array in factor_tables(run.experiment.model, arrays, embedding_rank).items():

@@ -42,7 +42,7 @@ def main(
         names = list(forms_of(run, only, "int8", f"--only={only}"))  # its matrices
         batches = run.calibration(rows, seed, chosen.method) if chosen.calibrated else []
         dense = sum(a.nbytes for a in jax.tree.leaves(run.params))
-        made = prune(chosen, names, run.model, run.params, batches)
+        made = prune(chosen, names, run.model, run.params, batches, scratch=run.scratch)
         new_config, model = compressed_model(run, {"config.weights.forms": made.forms()})
         params = made.finished(model, run.mesh)
         what = {"method": f"prune {chosen.method}", "sparsity": chosen.sparsity, "rows": rows}

@@ -60,8 +60,8 @@ def main(
             options = [forms_of(run, only, name, f"--mix={mix}") for name in mix.split(",")]
             forms = mixed(candidates(run.model, run.params, batches, options), bits)
         dense = sum(a.nbytes for a in jax.tree.leaves(run.params))
-        model_config = run.experiment.model
-        made = quantize(chosen, forms, model_config, run.model, run.params, batches)
+        of_model = (run.experiment.model, run.model, run.params)
+        made = quantize(chosen, forms, *of_model, batches, scratch=run.scratch)
         values = {"config.weights.forms": made.forms()}
         new_config, model = compressed_model(run, values)
         params = made.finished(model, run.mesh)

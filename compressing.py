@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -45,6 +46,7 @@ class Run:
       model: as it is stored.
       params: its master parameters.
       step: that they are of.
+      scratch: an empty folder beside the new run's, until it is written.
     """
 
     config: ConfigDict
@@ -54,6 +56,7 @@ class Run:
     params: Tree
     workdir: Path
     step: int
+    scratch: Path
 
     def calibration(self, rows: int, seed: int, what: str) -> list[Batch]:
         """Rows of the run's training text, in an order of its own.
@@ -122,7 +125,10 @@ def opened(config: ConfigDict, workdir: Path, step: int | None, out: Path) -> It
                 f"(config.weights.forms); give the dense run that it was made of"
             )
         assert read.step is not None
-        yield Run(config, experiment, model, mesh, read.params, workdir, read.step)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            found = (config, experiment, model, mesh, read.params, workdir, read.step)
+            yield Run(*found, Path(scratch))
 
 
 def forms_of(run: Run, only: str, text: str, flag: str) -> dict[str, list[Form]]:

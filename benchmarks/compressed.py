@@ -132,7 +132,7 @@ def main() -> None:
         "prune": pruned,
     }
     config = read_config(options.workdir)
-    with opened(config, options.workdir, None, Path("/nowhere")) as run:
+    with opened(config, options.workdir, None, Path("nowhere")) as run:
         experiment = run.experiment
         data = experiment.open_data(options.workdir)
         spec = run.model.rules.spec("batch seq")

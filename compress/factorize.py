@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -80,14 +81,17 @@ def factorize(
     model: Model,
     params: Any,
     batches: Sequence[Batch],
+    *,
+    scratch: Path | None = None,
 ) -> Result:
     """The model's matrices as factors, of the ranks that their forms give.
 
     Args:
       forms: name -> form of each layer, of rank or none.
       batches: calibration text; none for plain svd.
+      scratch: an empty folder for layers that are done (`Result`).
     """
-    result = Result(model, params)
+    result = Result(model, params, scratch)
 
     def made(name: str, layer: int, w: np.ndarray, inputs: Inputs | None) -> np.ndarray:
         form, matrix = forms[name][layer], result.matrix(name)

@@ -6,7 +6,7 @@ A mask is the zeros of a weight. Zeros save neither memory nor time until they a
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from training.magnitude import PATTERNS, SCOPES, check_fours, numbers, with_zeros
+from parallel.rules import is_stacked, of_one_layer
+from training.magnitude import (
+    PATTERNS,
+    SCOPES,
+    check_fours,
+    limits,
+    numbers,
+    with_zeros,
+    within,
+)
 from training.naming import named
+from training.smallest import Limits
 
 Tree = Any
 
@@ -42,8 +52,8 @@ def prune_by_magnitude(
     *,
     scope: str = "layer",
     pattern: str = "unstructured",
-) -> Tree:
-    """The parameters, of some matrices the smallest weights zero.
+) -> Iterator[tuple[str, int, jax.Array]]:
+    """Matrices with their smallest weights zero, one layer of one matrix after the other.
 
     Exact, and the same weights on every layout; nothing is sorted or copied to one device.
 
@@ -54,6 +64,9 @@ def prune_by_magnitude(
       sparsity: the share of zeros, in (0, 1).
       scope: layer (this share of every matrix of a layer) or global (one threshold for all).
       pattern: unstructured or 2:4.
+
+    Yields:
+      Name, layer (0 outside of stacks), and array of that layer, divided as it was.
 
     Raises:
       ValueError: a share, scope or pattern that cannot be.
@@ -68,11 +81,29 @@ def prune_by_magnitude(
     if pattern == "2:4":
         for name, array in chosen.items():
             check_fours(name, array.shape, own[name], "pattern")
-    number = None if pattern == "2:4" else numbers(chosen, own, sparsity, scope)
-    run = partial(with_zeros, axes=own, number=number, scope=scope, pattern=pattern)
-    pruned = jax.jit(run)(chosen)
-    leaves = [pruned.get(name, array) for name, array in named(params).items()]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    of_all = {}
+    if scope == "global" and pattern != "2:4":
+        number = numbers(chosen, own, sparsity, scope)
+        of_all = jax.jit(partial(limits, axes=own, number=number, scope=scope))(chosen)
+    for name, array in chosen.items():
+        names_of_one = {name: of_one_layer(own[name])}
+        if of_all:
+            run = jax.jit(partial(within, axes=names_of_one))
+        else:
+            shapes = {name: jax.ShapeDtypeStruct(_one(array, own[name], 0).shape, array.dtype)}
+            number = None if pattern == "2:4" else numbers(shapes, names_of_one, sparsity, scope)
+            run = jax.jit(partial(with_zeros, axes=names_of_one, number=number, pattern=pattern))
+        for layer in range(len(array) if is_stacked(own[name]) else 1):
+            one = {name: _one(array, own[name], layer)}
+            given = {}
+            if of_all:
+                limit = [_one(a, own[name], layer) for a in of_all[name]]
+                given = {"limits": {name: Limits(*limit)}}
+            yield name, layer, run(one, **given)[name]
+
+
+def _one(array: Any, names: str, layer: int) -> Any:
+    return array[layer] if is_stacked(names) else array
 
 
 def smallest_of_columns(scores_KM: np.ndarray, sparsity: float) -> np.ndarray:

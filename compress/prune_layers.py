@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,10 +17,8 @@ from compress.sparsegpt import sparsegpt
 from compress.walk import Layer, check_walk, walk
 from compress.wanda import wanda
 from parallel.forms import Form
-from parallel.rules import STACKS
 from training.magnitude import SCOPES
 from training.micro_batches import Batch
-from training.naming import named
 from training.state import Model
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -80,6 +79,8 @@ def prune(
     model: Model,
     params: Any,
     batches: Sequence[Batch],
+    *,
+    scratch: Path | None = None,
 ) -> Result:
     """The model with zeros in some matrices.
 
@@ -88,8 +89,9 @@ def prune(
       model: dense; call it under its mesh.
       params: master parameters; they stay.
       batches: calibration text; none for magnitude.
+      scratch: an empty folder for layers that are done (`Result`).
     """
-    result, form = Result(model, params), Form("2:4")
+    result, form = Result(model, params, scratch), Form("2:4")
     packed = jax.jit(lambda matrix, w: form.store(matrix, matrix.flat(w)), static_argnums=0)
 
     def put(name: str, layer: int, w: np.ndarray) -> None:
@@ -101,16 +103,9 @@ def prune(
             result.put(name, layer, w)
 
     if not how.calibrated:
-        pruned = named(
-            prune_by_magnitude(
-                params, model.axes, names, how.sparsity, scope=how.scope, pattern=how.pattern
-            )
-        )
-        for name in names:
-            stacked = result.axes[name].split()[0] in STACKS
-            for layer in range(result.layers(name)):
-                one = pruned[name][layer] if stacked else pruned[name]
-                put(name, layer, np.asarray(jax.reshard(one, jax.P())))
+        ways = dict(scope=how.scope, pattern=how.pattern)
+        for name, layer, one in prune_by_magnitude(params, model.axes, names, how.sparsity, **ways):
+            put(name, layer, np.asarray(jax.reshard(one, jax.P())))
         return result
     check_walk(model, f"--method={how.method}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -81,6 +82,8 @@ def quantize(
     model: Model,
     params: Tree,
     batches: Sequence[Batch],
+    *,
+    scratch: Path | None = None,
 ) -> Result:
     """The model's weights in codes.
 
@@ -90,11 +93,12 @@ def quantize(
       model: dense; call it under its mesh.
       params: master parameters; they stay.
       batches: calibration text, of which there is none where nothing is calibrated.
+      scratch: an empty folder for layers that are done (`Result`).
 
     Raises:
       ValueError: a model whose layers cannot be walked.
     """
-    result = Result(model, params)
+    result = Result(model, params, scratch)
     if batches:
         check_walk(model, f"--method={how.method}")
 

@@ -1,8 +1,14 @@
-"""What a method made of each layer, gathered on the host and laid out as a tree of parameters."""
+"""What a method made of each layer, gathered on the host and laid out as a tree of parameters.
+
+Layers that are done wait in files, where a folder is given: then there is never more than the model
+that they are made of and the layer at hand.
+"""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,13 +30,14 @@ class Result:
     Args:
       model: dense.
       params: its master parameters.
+      folder: an empty one, for layers that are done; None keeps them in memory.
     """
 
-    def __init__(self, model: Model, params: Tree) -> None:
-        self.model, self.params = model, params
+    def __init__(self, model: Model, params: Tree, folder: Path | None = None) -> None:
+        self.model, self.params, self._folder = model, params, folder
         self.axes = named(model.axes)
         self.shapes = {name: tuple(a.shape) for name, a in named(params).items()}
-        self._nodes: dict[str, dict[int, Any]] = {}
+        self._nodes: dict[str, dict[int, Any]] = {}  # or the files that they are in
         self._forms: dict[str, dict[int, Form]] = {}
         self._arrays: dict[str, np.ndarray] = {}
 
@@ -44,7 +51,12 @@ class Result:
 
     def put(self, name: str, layer: int, node: Any, form: Form | None = None) -> None:
         """What a weight of a layer becomes: a node of `form`, or without one an array."""
-        self._nodes.setdefault(name, {})[layer] = jax.tree.map(np.asarray, node)
+        node = jax.tree.map(np.asarray, node)
+        if self._folder is not None:
+            file = self._folder / f"{name.replace('/', '.')}.{layer}"
+            file.write_bytes(pickle.dumps(node))
+            node = file
+        self._nodes.setdefault(name, {})[layer] = node
         self._forms.setdefault(name, {})[layer] = form or Form("none")
 
     def put_array(self, name: str, array: np.ndarray) -> None:
@@ -61,7 +73,7 @@ class Result:
 
     def nodes(self) -> dict[str, list[Any]]:
         """What each changed weight becomes, layer by layer, on the host."""
-        return {n: [own[i] for i in range(self.layers(n))] for n, own in self._nodes.items()}
+        return {name: self._nodes_of(name) for name in self._nodes}
 
     def finished(self, compressed: Model, mesh: jax.sharding.Mesh) -> Tree:
         """The parameters of the model that `forms` gives, at rest.
@@ -72,10 +84,10 @@ class Result:
         for name in self._nodes:
             own = _branch(compressed.axes, name)
             stacked = self.axes[name].split()[0] in STACKS
-            layers = [self._nodes[name][i] for i in range(self.layers(name))]
+            tree[name].delete()
+            layers = self._nodes_of(name)
             forms = of_layers(self._forms_of(name))
             node = forms.joined(layers, self.matrix(name), np.stack) if stacked else layers[0]
-            tree[name].delete()
             tree[name] = jax.tree.map(self._placed(compressed, mesh), node, own)
         for name, array in self._arrays.items():
             tree[name] = self._placed(compressed, mesh)(array, _branch(compressed.axes, name))
@@ -87,6 +99,10 @@ class Result:
             return jax.device_put(array, NamedSharding(mesh, spec))
 
         return put
+
+    def _nodes_of(self, name: str) -> list[Any]:
+        own = [self._nodes[name][i] for i in range(self.layers(name))]
+        return [pickle.loads(n.read_bytes()) if isinstance(n, Path) else n for n in own]
 
     def _forms_of(self, name: str) -> list[Form]:
         return [self._forms[name][i] for i in range(self.layers(name))]

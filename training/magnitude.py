@@ -16,11 +16,13 @@ from parallel.fours import left_out
 from parallel.rules import STACKS
 from parallel.stored import SEVERAL
 from training.smallest import (
+    Limits,
     Matrices,
     halves,
+    limits_of_all,
+    limits_of_each,
     magnitude_keys,
-    smallest_of_all,
-    smallest_of_each,
+    taken,
 )
 
 SCOPES = ("layer", "global")
@@ -66,31 +68,69 @@ def with_zeros(
       scope: layer or global.
       pattern: unstructured, or 2:4: chosen among the two smallest of every four rows.
     """
-    # In the order of their names, in which equal numbers are taken.
-    every = {
-        name: Matrices(
-            weights[name],
-            lead_of(axes[name]),
-            left_out(magnitude_keys(weights[name]), inner_row_dim(axes[name]))
-            if pattern == "2:4"
-            else None,
-        )
-        for name in sorted(weights)
-    }
-    as_int = lambda pair: tuple(jnp.asarray(part, jnp.int32) for part in pair)
-    masks: list[Any]
     if number is None:
         assert pattern == "2:4"
-        masks = [matrices.allowed for matrices in every.values()]
-    elif scope == "global":
+        every = _matrices(weights, axes, pattern)
+        return _without(weights, {name: matrices.allowed for name, matrices in every.items()})
+    found = limits(weights, axes, number, scope=scope, pattern=pattern)
+    return within(weights, axes, found, pattern=pattern)
+
+
+def limits(
+    weights: Mapping[str, Array],
+    axes: Mapping[str, str],
+    number: Numbers,
+    *,
+    scope: str = "layer",
+    pattern: str = "unstructured",
+) -> dict[str, Limits]:
+    """Which weights `with_zeros` makes zero, for `within`: scalars of each matrix.
+
+    Args:
+      weights: as there; axes, number, scope and pattern, too.
+    """
+    every = _matrices(weights, axes, pattern)
+    as_int = lambda pair: tuple(jnp.asarray(part, jnp.int32) for part in pair)
+    if scope == "global":
         high, low = as_int(number[""])
-        masks = smallest_of_all(list(every.values()), (high, low))
+        found = limits_of_all(list(every.values()), (high, low))
     else:
         pairs = [as_int(number[name]) for name in every]
-        masks = smallest_of_each(list(every.values()), [(h << 16) + low for h, low in pairs])
+        found = limits_of_each(list(every.values()), [(h << 16) + low for h, low in pairs])
+    return dict(zip(every, found, strict=True))
+
+
+def within(
+    weights: Mapping[str, Array],
+    axes: Mapping[str, str],
+    limits: Mapping[str, Limits],
+    *,
+    pattern: str = "unstructured",
+) -> dict[str, Array]:
+    """The weights, those within the limits zero: of all layers, or of one with its limits."""
+    every = _matrices(weights, axes, pattern)
+    masks = taken(list(every.values()), [limits[name] for name in every])
+    return _without(weights, dict(zip(every, masks, strict=True)))
+
+
+def _matrices(
+    weights: Mapping[str, Array], axes: Mapping[str, str], pattern: str
+) -> dict[str, Matrices]:
+    """In the order of their names, in which equal numbers are taken."""
+
+    def matrices(name: str) -> Matrices:
+        w, names, allowed = weights[name], axes[name], None
+        if pattern == "2:4":
+            allowed = left_out(magnitude_keys(w), inner_row_dim(names))
+        return Matrices(w, lead_of(names), allowed)
+
+    return {name: matrices(name) for name in sorted(weights)}
+
+
+def _without(weights: Mapping[str, Array], masks: Mapping[str, Any]) -> dict[str, Array]:
     return {
         name: jnp.where(mask, jnp.zeros_like(weights[name]), weights[name])
-        for name, mask in zip(every, masks, strict=True)
+        for name, mask in masks.items()
     }
 
 

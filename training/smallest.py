@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,15 +80,21 @@ def magnitude_keys(array: Array) -> Array:
     return bits & jnp.int32(NEVER)
 
 
-def smallest_of_each(every: Sequence[Matrices], numbers: Sequence[Array]) -> list[Array]:
-    """Whether a number is one of the smallest of its own matrix.
+class Limits(NamedTuple):
+    """What is taken of each matrix of an array, int32 [*lead]: what is below the threshold, and the
+    first `share` of what is equal to it.
+    """
+
+    threshold: Array
+    share: Array
+
+
+def limits_of_each(every: Sequence[Matrices], numbers: Sequence[Array]) -> list[Limits]:
+    """Limits that take the smallest numbers of each matrix.
 
     Args:
       numbers: how many, an int32 scalar for the matrices of each array, at most as many as are
         allowed.
-
-    Returns:
-      bool, of each array's shape and division.
     """
     zeros = [m.count(jnp.zeros_like(m.array, bool)) for m in every]
 
@@ -103,17 +109,14 @@ def smallest_of_each(every: Sequence[Matrices], numbers: Sequence[Array]) -> lis
         number - m.count(m.key(threshold) < m.of_each(threshold))
         for m, threshold, number in zip(every, thresholds, numbers, strict=True)
     ]
-    return _taken(every, thresholds, shares)
+    return list(map(Limits, thresholds, shares))
 
 
-def smallest_of_all(every: Sequence[Matrices], number: tuple[Array, Array]) -> list[Array]:
-    """Whether a number is one of the smallest of all matrices of all arrays.
+def limits_of_all(every: Sequence[Matrices], number: tuple[Array, Array]) -> list[Limits]:
+    """Limits that take the smallest numbers of all matrices of all arrays.
 
     Args:
       number: how many, as `halves` gives it.
-
-    Returns:
-      bool, of each array's shape and division.
     """
     wanted_high, wanted_low = number
 
@@ -131,29 +134,27 @@ def smallest_of_all(every: Sequence[Matrices], number: tuple[Array, Array]) -> l
     (threshold,) = _halved(enough, [jnp.int32(0)], [jnp.int32(NEVER)])
     high, low = counted([m.count(m.key(threshold) < threshold) for m in every])
     rest = ((wanted_high - high) << _HALF) + wanted_low - low
-    thresholds, shares = [], []
+    limits = []
     for m in every:
         equal = _divided(m.count(m.key(threshold) == threshold), P())
         before = (jnp.cumsum(equal.reshape(-1)) - equal.reshape(-1)).reshape(equal.shape)
         share = jnp.clip(rest - before, 0, equal)
         # Zeros are zeros whether they are taken or not, and there may be more than int32 counts.
-        shares.append(jnp.where(threshold == 0, equal, share))
-        thresholds.append(jnp.zeros_like(equal) + threshold)
+        share = jnp.where(threshold == 0, equal, share)
+        limits.append(Limits(jnp.zeros_like(equal) + threshold, share))
         rest = jnp.maximum(rest - jnp.sum(equal), 0)
-    return _taken(every, thresholds, shares)
+    return limits
 
 
 def halves(number: int) -> tuple[int, int]:
-    """A whole number below 2**47 as `smallest_of_all` takes it."""
+    """A whole number below 2**47 as `limits_of_all` takes it."""
     return number >> _HALF, number & (2**_HALF - 1)
 
 
-def _taken(
-    every: Sequence[Matrices], thresholds: Sequence[Array], shares: Sequence[Array]
-) -> list[Array]:
-    """What is below a threshold [*lead], and of what is equal to it the first `share` [*lead]."""
-    thresholds = [_divided(t, m.spec) for m, t in zip(every, thresholds, strict=True)]
-    shares = [_divided(s, m.spec) for m, s in zip(every, shares, strict=True)]
+def taken(every: Sequence[Matrices], limits_of: Sequence[Limits]) -> list[Array]:
+    """Whether a number is within the limits, bool of each array's shape and division."""
+    thresholds = [_divided(of.threshold, m.spec) for m, of in zip(every, limits_of, strict=True)]
+    shares = [_divided(of.share, m.spec) for m, of in zip(every, limits_of, strict=True)]
     limits = [m.of_each(t) for m, t in zip(every, thresholds, strict=True)]
     tied = [m.count(m.key(t) == x) for m, t, x in zip(every, thresholds, limits, strict=True)]
     zeros = [jnp.zeros_like(t) for t in tied]

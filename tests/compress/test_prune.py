@@ -27,6 +27,13 @@ def drawn(tokens=400, rows=192, columns=24):
     return rng.normal(size=(rows, columns)).astype(np.float32), x.astype(np.float32)
 
 
+def by_magnitude(w, share, pattern):
+    """Of one matrix that is not stacked."""
+    made = prune_by_magnitude({"w": w}, {"w": "embed -> mlp"}, {"w"}, share, pattern=pattern)
+    (found,) = (np.asarray(array) for _, _, array in made)
+    return found
+
+
 def squared_error(w, pruned, x):
     return np.sum((x.astype(np.float64) @ (pruned.astype(np.float64) - w)) ** 2)
 
@@ -76,9 +83,9 @@ def test_each_method_does_what_it_is_for(pattern):
     moment = x.T @ x
     share = PATTERN[pattern]
     with layout():
-        plain = prune_by_magnitude({"w": w}, {"w": "embed -> mlp"}, {"w"}, share, pattern=pattern)
+        plain = by_magnitude(w, share, pattern)
     found = {
-        "magnitude": np.asarray(plain["w"]),
+        "magnitude": plain,
         "wanda": wanda(w, np.diag(moment), share, pattern=pattern),
         "sparsegpt": sparsegpt(w, moment, share, pattern=pattern),
     }
@@ -108,14 +115,32 @@ def test_magnitude_takes_matrices_of_experts_one_by_one():
     names = {"stack/blocks/mlp/up", "stack/blocks/mlp/down"}
     with layout(config=MIXTURE, expert=2, fsdp=2, tensor=2, zero=3) as laid:
         params = laid.params(initial_params(MIXTURE))
-        pruned = prune_by_magnitude(params, laid.model.axes, names, 0.3)
-        assert jax.tree.map(jax.typeof, pruned) == jax.tree.map(jax.typeof, params)
-    for name, array in named(jax.tree.map(np.asarray, pruned)).items():
-        if name in names:
-            of_each = (array == 0).sum(axis=(2, 3))
-            assert (of_each == round(0.3 * array[0, 0].size)).all(), name
-        else:
-            np.testing.assert_array_equal(array, np.asarray(named(params)[name]))
+        found = []
+        for name, layer, array in prune_by_magnitude(params, laid.model.axes, names, 0.3):
+            dense = named(params)[name][layer]
+            assert jax.typeof(array) == jax.typeof(dense)
+            found.append((name, layer))
+            pruned = np.asarray(array)
+            of_each = (pruned == 0).sum(axis=(1, 2))
+            assert (of_each == round(0.3 * pruned[0].size)).all(), name
+            kept = pruned != 0
+            np.testing.assert_array_equal(pruned[kept], np.asarray(dense)[kept])
+    assert found == [(name, layer) for name in sorted(names) for layer in range(MIXTURE.layers)]
+
+
+def test_one_threshold_for_all_layers_of_all_matrices():
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(3, 8, 16)).astype(np.float32) for name in "ab"}
+    params["a"][0] *= 0.1  # nearly all of them go
+    axes = dict.fromkeys("ab", "layers embed -> mlp")
+    with layout():
+        made = prune_by_magnitude(params, axes, {"a", "b"}, 0.5, scope="global")
+        found = {(name, layer): np.asarray(array) for name, layer, array in made}
+    limit = np.median(np.abs(np.stack([params[name] for name in "ab"])))
+    for (name, layer), array in found.items():
+        dense = params[name][layer]
+        np.testing.assert_array_equal(array, np.where(np.abs(dense) <= limit, 0, dense))
+    assert len(found) == 6
 
 
 def test_bytes_of_bcoo_are_those_of_jax():
@@ -148,7 +173,7 @@ def test_a_share_that_cannot_be_is_refused(share, pattern, message):
     for call in (
         lambda: wanda(w, np.ones(8), share, pattern=pattern),
         lambda: sparsegpt(w, x.T @ x, share, pattern=pattern),
-        lambda: prune_by_magnitude({"w": w}, {"w": "embed -> mlp"}, {"w"}, share, pattern=pattern),
+        lambda: by_magnitude(w, share, pattern),
     ):
         with pytest.raises(ValueError) as error:
             call()
