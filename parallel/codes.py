@@ -129,7 +129,13 @@ def spread(scales: jax.Array, rows: int) -> jax.Array:
 
 
 def pack(code: Code, codes: jax.Array) -> jax.Array:
-    """Codes [..., K, M] in bytes [..., K bits / 8, M]: whole ones of neighbouring rows."""
+    """Codes [..., K, M] in bytes [..., K bits / 8, M]: whole ones of neighbouring rows.
+
+    Float8 as bare bytes: XLA:CPU makes wider floats of those of all layers at once, where a loop
+    takes one layer of them.
+    """
+    if code.kind == "fp8":
+        return jax.lax.bitcast_convert_type(codes, jnp.uint8)
     if code.bits == 8:
         return codes
     *lead, rows, columns = codes.shape
@@ -146,7 +152,9 @@ def pack(code: Code, codes: jax.Array) -> jax.Array:
 
 
 def unpack(code: Code, packed: jax.Array) -> jax.Array:
-    """The inverse of `pack`: int8 codes, of NF4 0 to 15."""
+    """The inverse of `pack`: int8 codes, of NF4 0 to 15, or float8."""
+    if code.kind == "fp8":
+        return jax.lax.bitcast_convert_type(packed, FLOAT8)
     if code.bits == 8:
         return packed
     *lead, byte_rows, columns = packed.shape
