@@ -37,7 +37,7 @@ def main(
     import numpy as np
     from jax.sharding import NamedSharding
 
-    from compress.importance import magnitude_scores
+    from compress.importance import Scores, magnitude_scores
     from compress.prune_layers import activation_scores
     from compress.shrink import Sizes, shrink
     from compress.walk import STACK, Layer, check_walk, walk
@@ -51,21 +51,21 @@ def main(
     with opened(config, workdir, step, out) as run:
         model_config = run.experiment.model
         arrays = jax.tree.map(lambda a: np.asarray(jax.reshard(a, jax.P())), run.params)
-        found = magnitude_scores(model_config, arrays)
         if scores == "activations":
             check_walk(run.model, "--scores=activations")
-            seen: list[Layer] = []
+            seen: list[tuple[np.ndarray, np.ndarray]] = []
             batches = run.calibration(rows, seed, "--scores=activations")
 
             def visit(layer: Layer) -> dict[str, jax.Array]:
-                seen.append(layer)
+                N, H = model_config.heads, model_config.head_dim
+                seen.append(activation_scores(N, H, layer, STACK))
                 return {}
 
             walk(run.model, run.params, batches, visit)
-            N, H = model_config.heads, model_config.head_dim
-            of_heads, channels = activation_scores(N, H, seen, STACK)
-            both = of_heads.sum(-1) + channels.sum(-1)
-            found = type(found)(of_heads, channels, both)
+            of_heads, channels = (np.stack(part) for part in zip(*seen, strict=True))
+            found = Scores(of_heads, channels, of_heads.sum(-1) + channels.sum(-1))
+        else:
+            found = magnitude_scores(model_config, arrays)
         dense = sum(a.nbytes for a in jax.tree.leaves(run.params))
         parts = run.model.rules.parts("mlp")
         small, params = shrink(model_config, arrays, run.model.axes, sizes, found, parts=parts)

@@ -40,11 +40,19 @@ def magnitude_scores(config: ModelConfig, params: Any) -> Scores:
     A query head has the key and value head that it reads, as all others of its group do. A layer
     counts as its heads and channels together.
     """
-    weights = {
-        name.removeprefix(BLOCKS): np.asarray(array, np.float64)
-        for name, array in named(params).items()
-        if name.startswith(BLOCKS)
-    }
+    stacked = {n.removeprefix(BLOCKS): a for n, a in named(params).items() if n.startswith(BLOCKS)}
+    found = [
+        _of_layer(config, {name: np.asarray(a[layer], np.float64) for name, a in stacked.items()})
+        for layer in range(config.blocks)
+    ]
+    heads, channels = (np.stack(part) for part in zip(*found, strict=True))
+    return Scores(heads, channels, heads.sum(-1) + channels.reshape(len(channels), -1).sum(-1))
+
+
+def _of_layer(
+    config: ModelConfig, weights: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scores of one layer's heads and channels."""
     group = config.heads // config.kv_heads
     into = _squares(weights, "attention/query", (-3, -1))
     into = into + _squares(weights, "attention/query_bias", (-1,))
@@ -56,8 +64,7 @@ def magnitude_scores(config: ModelConfig, params: Any) -> Scores:
     into = _squares(weights, "mlp/up", (-2,)) + _squares(weights, "mlp/up_bias", ())
     into = into + _squares(weights, "mlp/gate", (-2,))
     channels = np.sqrt(into * _squares(weights, "mlp/down", (-1,)))
-    layers = heads.sum(-1) + channels.reshape(len(channels), -1).sum(-1)
-    return Scores(heads, channels, layers)
+    return heads, channels
 
 
 def _squares(weights: Mapping[str, np.ndarray], name: str, dims: tuple[int, ...]) -> Any:

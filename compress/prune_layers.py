@@ -133,20 +133,19 @@ def prune(
 
 
 def activation_scores(
-    heads: int, head_dim: int, layers: Sequence[Layer], prefix: str
+    heads: int, head_dim: int, layer: Layer, prefix: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of every head and channel how much of it reaches the residual stream, float64 [L, N], [L, F].
+    """How much of every head and channel reaches the residual stream, float64 [N], [F].
 
     The mean |x| that comes into the last product of a sublayer times the norm of its row there
     (Minitron, Muralidharan et al. 2024, section 2.2, https://arxiv.org/abs/2407.14679, sums |x|
     alone).
     """
 
-    def rows(layer: Layer, name: str) -> np.ndarray:
+    def rows(name: str) -> np.ndarray:
         inputs = layer.inputs[prefix + name]
         w = np.asarray(layer.weights[prefix + name], np.float64)
         flat = w.reshape(len(inputs.sizes), -1)
         return np.asarray(inputs.sizes, np.float64) * np.linalg.norm(flat, axis=1)
 
-    of_heads = [rows(layer, "attention/out").reshape(heads, head_dim).sum(-1) for layer in layers]
-    return np.stack(of_heads), np.stack([rows(layer, "mlp/down") for layer in layers])
+    return rows("attention/out").reshape(heads, head_dim).sum(-1), rows("mlp/down")
