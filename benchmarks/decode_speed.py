@@ -1,7 +1,7 @@
 """Tokens generated a second by GPT-2 124M: ours against `transformers`, in turns, on CPU.
 
-    JAX_PLATFORMS=cpu python benchmarks/generation.py [--rounds=7]
-        [--out=benchmarks/results/generation.json]
+    JAX_PLATFORMS=cpu python benchmarks/decode_speed.py [--rounds=7]
+        [--out=benchmarks/results/decode_speed.json]
 
 Random float32 weights, exported by `hf/exporting.py` and read by both sides; 8 prompts of 128
 tokens, 128 new ones, greedy. Ours is the engine of `generate.py`; theirs is `model.generate` with
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # before JAX has threads
-    result = {"command": f"python benchmarks/generation.py --rounds={args.rounds}", **facts()}
+    result = {"command": f"python benchmarks/decode_speed.py --rounds={args.rounds}", **facts()}
     experiment = our_experiment()
     prompts = np.random.default_rng(0).integers(0, experiment.model.vocab_size, (BATCH, PROMPT))
     mesh = make_mesh(experiment.mesh, jax.devices()[:1])
