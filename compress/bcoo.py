@@ -7,6 +7,8 @@ on, and of bfloat16 from four fifths on. Its products gather and scatter and run
 
 from __future__ import annotations
 
+import math
+
 INDEX_BYTES = 4  # int32, one of every dim
 
 
@@ -21,21 +23,25 @@ def bcoo_bytes(nonzeros: int, item_bytes: int, dims: int = 2) -> int:
     return nonzeros * (item_bytes + dims * INDEX_BYTES)
 
 
-def check_bcoo(name: str, shape: tuple[int, ...], nonzeros: int, item_bytes: int) -> None:
-    """Refuses to store a weight in a form that is larger than the weight.
+def refuse_bcoo(name: str, shape: tuple[int, ...], nonzeros: int, item_bytes: int) -> None:
+    """Says why a weight with zeros anywhere is not stored in a form of its own.
+
+    Args:
+      shape: of one layer's matrix.
 
     Raises:
-      ValueError: with both sizes, and the share of zeros from which it would be smaller.
+      ValueError: always, with both sizes, and the share of zeros from which BCOO would be smaller.
     """
-    size = 1
-    for n in shape:
-        size *= n
+    size = math.prod(shape)
     dense, sparse = size * item_bytes, bcoo_bytes(nonzeros, item_bytes, len(shape))
-    if sparse < dense:
-        return
     least = 1 - item_bytes / (item_bytes + len(shape) * INDEX_BYTES)
+    why = (
+        f"it is smaller above {least:.0%} zeros"
+        if sparse >= dense
+        else "but its products gather and scatter, and it is not built"
+    )
     raise ValueError(
-        f"{name}: at {1 - nonzeros / size:.0%} zeros BCOO takes {sparse:,} bytes, "
-        f"{sparse / dense:.2f} times the {dense:,} of the array; it is smaller above {least:.0%} "
-        f"zeros. Store 2:4, or remove whole channels"
+        f"--packed: of {name}, at {1 - nonzeros / size:.0%} zeros anywhere, BCOO takes "
+        f"{sparse:,} bytes, {sparse / dense:.2f} times the {dense:,} of the array; {why}. Give "
+        f"--pattern=2:4, or remove whole channels by python -m compress shrink"
     )

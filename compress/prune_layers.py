@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress.bcoo import refuse_bcoo
 from compress.prune import check_share, prune_by_magnitude
 from compress.result import Result
 from compress.sparsegpt import sparsegpt
@@ -19,6 +20,7 @@ from compress.wanda import wanda
 from parallel.forms import Form
 from training.magnitude import SCOPES
 from training.micro_batches import Batch
+from training.naming import named
 from training.state import Model
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -56,11 +58,6 @@ class Prune:
         check_share(self.sparsity, self.pattern)
         if not 0 < self.damp < 1:
             raise ValueError(f"--damp={self.damp}: a part of the mean, between 0 and 1")
-        if self.packed and self.pattern != "2:4":
-            raise ValueError(
-                f"--packed: zeros of --pattern={self.pattern} have no smaller form; give "
-                f"--pattern=2:4"
-            )
         if self.scope == "global" and self.method != "magnitude":
             raise ValueError(
                 f"--scope=global: {self.method} compares within a channel or a block; give "
@@ -90,8 +87,17 @@ def prune(
       params: master parameters; they stay.
       batches: calibration text; none for magnitude.
       scratch: an empty folder for layers that are done (`Result`).
+
+    Raises:
+      ValueError: to be packed with zeros anywhere, or a model whose layers cannot be walked.
     """
     result, form = Result(model, params, scratch), Form("2:4")
+    if how.packed and how.pattern != "2:4":
+        largest = max(names, key=lambda name: np.prod(result.shapes[name]))
+        matrix = result.matrix(largest)
+        left = matrix.rows * matrix.columns - round(how.sparsity * matrix.rows * matrix.columns)
+        item = named(params)[largest].dtype.itemsize
+        refuse_bcoo(largest, (matrix.rows, matrix.columns), left, item)
     packed = jax.jit(lambda matrix, w: form.store(matrix, matrix.flat(w)), static_argnums=0)
 
     def put(name: str, layer: int, w: np.ndarray) -> None:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from jax.experimental.sparse import BCOO
 
-from compress.bcoo import bcoo_bytes, check_bcoo
+from compress.bcoo import bcoo_bytes
 from compress.prune import prune_by_magnitude
+from compress.prune_layers import Prune, prune
 from compress.sparsegpt import sparsegpt
 from compress.wanda import wanda
+from tests.compress.walked import walked
 from tests.small import MIXTURE, initial_params, layout
 from training.naming import named
 
@@ -149,12 +151,22 @@ def test_bytes_of_bcoo_are_those_of_jax():
     array = BCOO.fromdense(jnp.asarray(w))
     size = array.data.nbytes + array.indices.nbytes
     assert bcoo_bytes(array.nse, 4) == size == 1.5 * w.nbytes
-    check_bcoo("w", w.shape, 160, 4)  # 69% zeros
-    with pytest.raises(ValueError) as error:
-        check_bcoo("w", w.shape, array.nse, 4)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.75])
+def test_zeros_anywhere_are_not_packed(sparsity):
+    why = {
+        0.5: "BCOO takes 12,288 bytes, 1.50 times the 8,192 of the array; it is smaller above 67% "
+        "zeros",
+        0.75: "BCOO takes 6,144 bytes, 0.75 times the 8,192 of the array; but its products gather "
+        "and scatter, and it is not built",
+    }
+    names, how = ["stack/blocks/attention/query"], Prune("magnitude", sparsity, packed=True)
+    with walked() as it, pytest.raises(ValueError) as error:
+        prune(how, names, it.laid.model, it.params, [])
     assert str(error.value) == (
-        "w: at 50% zeros BCOO takes 3,072 bytes, 1.50 times the 2,048 of the array; it is smaller "
-        "above 67% zeros. Store 2:4, or remove whole channels"
+        f"--packed: of {names[0]}, at {sparsity:.0%} zeros anywhere, {why[sparsity]}. Give "
+        f"--pattern=2:4, or remove whole channels by python -m compress shrink"
     )
 
 
