@@ -94,13 +94,7 @@ def opened(config: ConfigDict, workdir: Path, step: int | None, out: Path) -> It
     Raises:
       ValueError: several processes, an `--out` that is there, or a run that is compressed already.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"--num_processes={jax.process_count()}: one process compresses; run it alone, on any "
-            f"mesh of its devices"
-        )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out={out}: is there already; give a folder that is not")
+    check_out(out)
     # What it is made of, and what is written, are the master weights: rounded once.
     config = with_values(config, {"config.quantize.forms": {}})
     experiment = read_experiment(config, jax.device_count(), training=False)
@@ -163,15 +157,9 @@ def write_run(
     Returns:
       Bytes of all arrays, of the matrices and of the step's folder.
     """
-    checkpoints = Checkpoints(out / "checkpoints", CheckpointConfig())
     metadata = Checkpoints(run.workdir / "checkpoints").metadata(run.step)
-    steps = [*metadata.get("compressed", []), dict(how)]
-    kept = {"data": metadata.get("data"), "config": plain(config), "metrics": {}}
-    checkpoints.save(run.step, {"params": params}, kept | {"compressed": steps})
-    checkpoints.close()
-    if (run.workdir / TOKENIZER).is_file():
-        shutil.copyfile(run.workdir / TOKENIZER, out / TOKENIZER)
-    write_config(out, config)
+    steps = {"compressed": [*metadata.get("compressed", []), dict(how)]}
+    write_step(run.workdir, out, run.step, config, params, steps)
     folder = out / "checkpoints" / str(run.step)
     disk = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     sizes = {name: a.size * a.dtype.itemsize for name, a in named(params).items()}
@@ -185,6 +173,44 @@ def write_run(
         "bits_per_weight": 8 * of_matrices / max(weights, 1),
         "disk_bytes": disk,
     }
+
+
+def write_step(
+    workdir: Path,
+    out: Path,
+    step: int,
+    config: ConfigDict,
+    params: Tree,
+    more: Mapping[str, Any],
+) -> None:
+    """A new run of one step: checkpoint, config, and the tokenizer of the run it is made of.
+
+    Args:
+      more: what the checkpoint's metadata has beside the data's place and the config.
+    """
+    before = Checkpoints(workdir / "checkpoints").metadata(step)
+    kept = {"data": before.get("data"), "config": plain(config), "metrics": {}}
+    checkpoints = Checkpoints(out / "checkpoints", CheckpointConfig())
+    checkpoints.save(step, {"params": params}, kept | dict(more))
+    checkpoints.close()
+    if (workdir / TOKENIZER).is_file():
+        shutil.copyfile(workdir / TOKENIZER, out / TOKENIZER)
+    write_config(out, config)
+
+
+def check_out(out: Path) -> None:
+    """Refuses to begin where the new run could not be written.
+
+    Raises:
+      ValueError: several processes, or a folder that is there.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"--num_processes={jax.process_count()}: one process writes the new run; run it alone, "
+            f"on any mesh of its devices"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out={out}: is there already; give a folder that is not")
 
 
 def sizes_of(run: Run) -> dict[str, int]:
