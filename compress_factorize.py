@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import cli
+import compress_flags
 
 FLAGS = (
     cli.Flag("rank", int, None, "of every matrix ..."),
     cli.Flag("keep", float, None, "... or the part of all their bytes that is kept, shared out"),
-    cli.Flag("only", str, "stack/*", "a pattern of the matrices' names; the others stay"),
+    compress_flags.ONLY,
     cli.Flag("embedding_rank", int, None, "of the vocabulary's tables; default: they stay"),
     cli.Flag("method", str, "whitened", "svd, whitened (SVD-LLM) or asvd"),
     cli.Flag("exponent", float, 0.5, "of asvd"),
-    cli.Flag("rows", int, 64, "rows of the run's training text to calibrate on"),
-    cli.Flag("seed", int, 0, "which rows those are"),
+    *compress_flags.TEXT,
 )
 
 
@@ -36,7 +36,7 @@ def main(
     from compress.budget import mixed
     from compress.factorize import Factorize, factorize, rank_candidates
     from compress.tables import factor_tables
-    from compressing import compressed_model, forms_of, opened, report, write_run
+    from compressing import finish, forms_of, opened
     from training.naming import named
 
     chosen = Factorize(**how)
@@ -48,7 +48,6 @@ def main(
         raise ValueError(f"--keep={keep}: a part of the bytes, between 0 and 1")
     with opened(config, workdir, step, out) as run:
         arrays = named(run.params)
-        dense = sum(a.nbytes for a in arrays.values())
         forms: dict[str, Any] = {}
         calibrated = (chosen.method != "svd" and rank is not None) or keep is not None
         batches = run.calibration(rows, seed, chosen.method) if calibrated else []
@@ -60,12 +59,10 @@ def main(
             forms = mixed(found, 32 * keep, flag="keep")
         text = batches if forms else []
         made = factorize(chosen, forms, run.model, run.params, text, scratch=run.scratch)
-        values: dict[str, Any] = {"config.weights.forms": made.forms()}
+        values: dict[str, Any] = {}
         if embedding_rank is not None:
             for name, array in factor_tables(run.experiment.model, arrays, embedding_rank).items():
                 made.put_array(name, array)
             values["config.model.embed_rank"] = embedding_rank
-        new_config, model = compressed_model(run, values)
-        params = made.finished(model, run.mesh)
         what = {"method": f"factorize {chosen.method}", "rank": rank, "keep": keep, "rows": rows}
-        report(out, dense, write_run(run, new_config, params, out, what))
+        finish(run, made, out, what, values)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
+import compress_flags
 
 FLAGS = (
     cli.Flag("sparsity", float, 0.5, "the share of zeros"),
@@ -14,9 +15,8 @@ FLAGS = (
     cli.Flag("scope", str, "layer", "of magnitude: layer, or global (one threshold)"),
     cli.Flag("packed", bool, False, "2:4 is stored packed, and frozen"),
     cli.Flag("damp", float, 0.01, "of sparsegpt: a part of the mean square of inputs"),
-    cli.Flag("only", str, "stack/*", "a pattern of the matrices' names; the others stay"),
-    cli.Flag("rows", int, 64, "rows of the run's training text to calibrate on"),
-    cli.Flag("seed", int, 0, "which rows those are"),
+    compress_flags.ONLY,
+    *compress_flags.TEXT,
 )
 ABOUT = "Weights made zero: magnitude, Wanda, SparseGPT; 2:4."
 
@@ -32,20 +32,15 @@ def main(
     **how: Any,
 ) -> None:
     """The run, calibration text, zeros, the new run."""
-    import jax  # here: a typo on the command line costs no import
-
-    from compress.prune_layers import Prune, prune
-    from compressing import compressed_model, forms_of, opened, report, write_run
+    from compress.prune_layers import Prune, prune  # here: a typo costs no import of JAX
+    from compressing import finish, forms_of, opened
 
     chosen = Prune(**how)
     with opened(config, workdir, step, out) as run:
         names = list(forms_of(run, only, "int8", f"--only={only}"))  # its matrices
         batches = run.calibration(rows, seed, chosen.method) if chosen.calibrated else []
-        dense = sum(a.nbytes for a in jax.tree.leaves(run.params))
         made = prune(chosen, names, run.model, run.params, batches, scratch=run.scratch)
-        new_config, model = compressed_model(run, {"config.weights.forms": made.forms()})
-        params = made.finished(model, run.mesh)
         what = {"method": f"prune {chosen.method}", "sparsity": chosen.sparsity, "rows": rows}
-        report(out, dense, write_run(run, new_config, params, out, what))
+        finish(run, made, out, what)
     if not chosen.packed:
         print("zeros save nothing yet: see docs/pruning.md for what removes them")

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import cli
+import compress_flags
 
 FLAGS = (
     cli.Flag("form", str, None, "int8, int4:128, int3:128, nf4:64, fp8, int8+int8, int8+int8="),
-    cli.Flag("only", str, "stack/*", "a pattern of the matrices' names; the others stay"),
+    compress_flags.ONLY,
     cli.Flag("mix", str, None, "forms with a comma between, of which each layer gets one ..."),
     cli.Flag("bits", float, None, "... so that matrices have so many bits a weight"),
     cli.Flag("method", str, "rtn", "rtn (nearest), gptq, awq or smoothquant"),
@@ -18,8 +19,7 @@ FLAGS = (
     cli.Flag("percentile", float, 99.99, "of |x|, with --ranges=percentile"),
     cli.Flag("damp", float, 0.01, "of gptq: a part of the mean square of inputs"),
     cli.Flag("exponent", float, 0.5, "of smoothquant: how much moves to the weights"),
-    cli.Flag("rows", int, 64, "rows of the run's training text to calibrate on"),
-    cli.Flag("seed", int, 0, "which rows those are"),
+    *compress_flags.TEXT,
 )
 
 
@@ -37,11 +37,9 @@ def main(
     **how: Any,
 ) -> None:
     """The run, its forms, calibration text, codes, the new run."""
-    import jax  # here: a typo on the command line costs no import
-
-    from compress.budget import candidates, mixed
+    from compress.budget import candidates, mixed  # here: a typo costs no import of JAX
     from compress.quantize import Quantize, quantize
-    from compressing import compressed_model, forms_of, opened, report, write_run
+    from compressing import finish, forms_of, opened
 
     chosen = Quantize(**how)
     if (form is None) == (mix is None) or (mix is None) != (bits is None):
@@ -49,21 +47,20 @@ def main(
             "--form: missing; give --form=int4:128, or --mix=int8,int4:128 with --bits=4.5"
         )
     with opened(config, workdir, step, out) as run:
-        static = "=" in (form or "") + (mix or "")
-        text = chosen.calibrated or static or mix is not None
-        batches = run.calibration(rows, seed, chosen.method) if text else []
-        if form is not None:
-            forms = forms_of(run, only, form, f"--form={form}")
-        else:
-            assert mix is not None
-            assert bits is not None
-            options = [forms_of(run, only, name, f"--mix={mix}") for name in mix.split(",")]
+        flag = f"--form={form}" if form is not None else f"--mix={mix}"
+        static = "=" in flag.partition("=")[2]
+        read = chosen.calibrated or static  # text, to round by
+        texts = [form] if form is not None else (mix or "").split(",")
+        options = [forms_of(run, only, text, flag) for text in texts]
+        every = [form for option in options for layers in option.values() for form in layers]
+        chosen.check(every, flag)
+        asked = chosen.method if chosen.calibrated else flag
+        batches = run.calibration(rows, seed, asked) if read or mix is not None else []
+        forms = options[0]
+        if bits is not None:
             forms = mixed(candidates(run.model, run.params, batches, options), bits)
-        dense = sum(a.nbytes for a in jax.tree.leaves(run.params))
+        batches = batches if read else []
         of_model = (run.experiment.model, run.model, run.params)
         made = quantize(chosen, forms, *of_model, batches, scratch=run.scratch)
-        values = {"config.weights.forms": made.forms()}
-        new_config, model = compressed_model(run, values)
-        params = made.finished(model, run.mesh)
         what = {"method": f"quantize {chosen.method}", "form": form or mix, "rows": rows}
-        report(out, dense, write_run(run, new_config, params, out, what))
+        finish(run, made, out, what)

@@ -170,6 +170,7 @@ def measured(experiment: Any, folder: Path, data: Any, prompt: int, tokens: int)
     """Sizes, held-out loss and speeds of a run's newest step."""
     import jax
 
+    from compressed_size import sizes
     from parallel.mesh import make_mesh
     from run_params import saved_params
 
@@ -180,7 +181,7 @@ def measured(experiment: Any, folder: Path, data: Any, prompt: int, tokens: int)
         state = read.source / "state"
         disk = sum(file.stat().st_size for file in state.rglob("*") if file.is_file())
         row = {"step": read.step, "disk_bytes": disk, "optimizer_on_disk": training_state(read)}
-        row |= sizes(experiment, model, read.params)
+        row |= sizes(experiment, read.params)
         row |= evaluated(experiment, model, mesh, data, read.params)
         return row | decoded(experiment, model, mesh, data, read.params, prompt, tokens)
 
@@ -193,42 +194,11 @@ def training_state(read: Any) -> bool:
     return not all(name.startswith("params/") for name in tensors)
 
 
-def sizes(experiment: Any, model: Any, params: Any) -> Row:
-    """Bytes of all arrays, on a device and of the matrices; how many numbers they stand for."""
-    import jax
-
-    from training.naming import named
-    from training.stored import is_matrix
-
-    dense = experiment.build_dense()
-    axes = named(dense.axes)
-    shapes = {n: a.size for n, a in named(jax.eval_shape(dense.init, jax.random.key(0))).items()}
-    matrices = {n: size for n, size in shapes.items() if is_matrix(n, axes[n])}
-    arrays = named(params)
-    own = tuple(f"{name}/" for name in matrices)
-    of_matrices = sum(a.nbytes for n, a in arrays.items() if f"{n}/".startswith(own))
-    return {
-        "bytes": sum(a.nbytes for a in arrays.values()),
-        "device_bytes": device_bytes(params),
-        "numbers": sum(shapes.values()),
-        "bits_per_matrix_weight": 8 * of_matrices / max(sum(matrices.values()), 1),
-    }
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes of the arrays' parts on one device."""
-    import math
-
-    import jax
-
-    part = lambda a: math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-    return sum(part(a) for a in jax.tree.leaves(tree))
-
-
 def evaluated(experiment: Any, model: Any, mesh: Any, data: Any, params: Any) -> Row:
     """Losses, the compiled step's arguments, and its speed."""
     import jax
 
+    from compressed_size import device_bytes
     from data.loader import device_batches, local_rows
     from parallel.compilation import safe_compilation
     from training.evaluation import evaluate, make_eval_step

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
+import compress_flags
 
 FLAGS = (
     cli.Flag("heads", int, None, "query heads that are left of each layer"),
@@ -13,8 +14,7 @@ FLAGS = (
     cli.Flag("mlp_dim", int, None, "channels of the feed-forward that are left"),
     cli.Flag("layers", int, None, "layers that are left"),
     cli.Flag("scores", str, "activations", "what chooses: activations (on text) or magnitude"),
-    cli.Flag("rows", int, 64, "rows of the run's training text to score on"),
-    cli.Flag("seed", int, 0, "which rows those are"),
+    *compress_flags.TEXT,
 )
 ABOUT = "Heads, channels and layers removed: fewer weights and FLOPs."
 

@@ -14,7 +14,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from compress.result import Result
 from compress.walk import is_dense, matrices_of
+from compressed_size import sizes
 from config_border import with_values, write_config
 from config_types import plain
 from data.loader import device_batches, local_rows
@@ -146,6 +148,25 @@ def compressed_model(run: Run, values: Mapping[str, Any]) -> tuple[ConfigDict, M
     return config, replace(experiment, remat=RematConfig(FORWARD)).build_model()
 
 
+def finish(
+    run: Run,
+    made: Result,
+    out: Path,
+    how: Mapping[str, Any],
+    values: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes what a method made as a run, and says what it weighs; the run's params are used up.
+
+    Args:
+      values: keys of the config that change beside `config.weights.forms`.
+    """
+    dense = sum(a.nbytes for a in jax.tree.leaves(run.params))
+    keys = {"config.weights.forms": made.forms()} | dict(values or {})
+    config, model = compressed_model(run, keys)
+    params = made.finished(model, run.mesh)
+    report(out, dense, write_run(run, config, params, out, how))
+
+
 def write_run(
     run: Run, config: ConfigDict, params: Tree, out: Path, how: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -155,24 +176,15 @@ def write_run(
       how: what was done, kept in the checkpoint's metadata.
 
     Returns:
-      Bytes of all arrays, of the matrices and of the step's folder.
+      What `compressed_size.sizes` says, and the bytes of the step's folder.
     """
     metadata = Checkpoints(run.workdir / "checkpoints").metadata(run.step)
     steps = {"compressed": [*metadata.get("compressed", []), dict(how)]}
     write_step(run.workdir, out, run.step, config, params, steps)
     folder = out / "checkpoints" / str(run.step)
     disk = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    sizes = {name: a.size * a.dtype.itemsize for name, a in named(params).items()}
-    matrices = tuple(f"{name}/" for name in matrices_of(run.model))
-    of_matrices = sum(size for name, size in sizes.items() if f"{name}/".startswith(matrices))
-    weights = sum(run_size for run_size in sizes_of(run).values())
-    return {
-        "step": run.step,
-        "bytes": sum(sizes.values()),
-        "matrix_bytes": of_matrices,
-        "bits_per_weight": 8 * of_matrices / max(weights, 1),
-        "disk_bytes": disk,
-    }
+    own = sizes(read_experiment(config, jax.device_count(), training=False), params)
+    return {"step": run.step, **own, "disk_bytes": disk}
 
 
 def write_step(
@@ -213,18 +225,12 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out={out}: is there already; give a folder that is not")
 
 
-def sizes_of(run: Run) -> dict[str, int]:
-    """How many numbers each matrix of the dense model has."""
-    shapes = {name: a.size for name, a in named(run.params).items()}
-    return {name: shapes[name] for name in matrices_of(run.model)}
-
-
-def report(out: Path, dense_bytes: int, sizes: Mapping[str, Any]) -> None:
+def report(out: Path, dense_bytes: int, found: Mapping[str, Any]) -> None:
     """Two lines for a person, and one JSON object."""
-    bits, part = sizes["bits_per_weight"], sizes["bytes"] / dense_bytes
+    bits, part = found["bits_per_matrix_weight"], found["bytes"] / dense_bytes
     print(
-        f"{out}: {sizes['bytes'] / MIB:,.1f} MiB of arrays, {part:.3f} of the dense model's; "
-        f"matrices of the layers {bits:.3f} bits a weight; {sizes['disk_bytes'] / MIB:,.1f} MiB "
-        f"on disk"
+        f"{out}: {found['bytes'] / MIB:,.1f} MiB of arrays, {part:.3f} of the dense model's; "
+        f"{bits:.3f} bits for each weight of its matrices; {found['disk_bytes'] / MIB:,.1f} MiB on "
+        f"disk"
     )
-    print(json.dumps(dict(sizes)))
+    print(json.dumps(dict(found)))

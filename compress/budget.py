@@ -53,11 +53,10 @@ def candidates(
     options: Sequence[Mapping[str, Sequence[Form]]],
 ) -> Candidates:
     """What every form would cost, by one walk through the dense model."""
-    check_walk(model, "--mix")
+    names = {name for forms in options for name in forms}
+    check_walk(model, "--mix", names)
     result = Result(model, params)
-    found: Candidates = {
-        name: [[] for _ in range(result.layers(name))] for name in options[0] if "stack/" in name
-    }
+    found: Candidates = {name: [[] for _ in range(result.layers(name))] for name in sorted(names)}
 
     def visit(layer: Layer) -> dict[str, jax.Array]:
         for name, inputs in layer.inputs.items():

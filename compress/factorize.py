@@ -24,7 +24,7 @@ from compress.walk import STACK, Layer, check_walk, walk
 from compress.watch import Inputs
 from parallel.forms import Form
 from parallel.low_rank import largest_rank
-from parallel.rules import STACKS
+from parallel.rules import is_stacked
 from training.micro_batches import Batch
 from training.naming import named
 from training.state import Model
@@ -51,6 +51,11 @@ class Factorize:
             raise ValueError(f"--method={self.method}: choose one of {', '.join(METHODS)}")
         if not 0 <= self.exponent <= 1:
             raise ValueError(f"--exponent={self.exponent}: between 0 and 1")
+        if self.exponent != 0.5 and self.method != "asvd":
+            raise ValueError(
+                f"--exponent={self.exponent}: has no effect with --method={self.method}; it is of "
+                f"asvd"
+            )
 
     def weighting(self, rows: int, inputs: Inputs | None) -> tuple[np.ndarray, np.ndarray]:
         """(what W is multiplied by before, its inverse), float64 [K, K]."""
@@ -104,7 +109,7 @@ def factorize(
         return (into @ out_of).reshape(w.shape)
 
     if batches:
-        check_walk(model, f"--method={how.method}")
+        check_walk(model, f"--method={how.method}", forms)
 
         def visit(layer: Layer) -> dict[str, jax.Array]:
             mine = [name for name in layer.inputs if name in forms]
@@ -118,7 +123,7 @@ def factorize(
     for name, array in named(params).items():
         if name not in forms or (batches and name.startswith(STACK)):
             continue
-        stacked = result.axes[name].split()[0] in STACKS
+        stacked = is_stacked(result.axes[name])
         for layer in range(result.layers(name)):
             one = jax.reshard(array[layer] if stacked else array, jax.P())
             made(name, layer, np.asarray(one, np.float32), None)
@@ -133,7 +138,7 @@ def rank_candidates(
     The cost of a rank is the part of the outputs' squares in the singular values that it leaves
     out; the array itself costs none.
     """
-    check_walk(model, "--keep")
+    check_walk(model, "--keep", names)
     result = Result(model, params)
     found: Candidates = {name: [[] for _ in range(result.layers(name))] for name in names}
 

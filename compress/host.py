@@ -8,7 +8,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from parallel.codes import NF4, TINY, Code
+from parallel.codes import NF4, TINY, Code, of_zeros
 
 _MIDDLES = (NF4[1:] + NF4[:-1]) / 2
 
@@ -17,7 +17,7 @@ def scales_of(code: Code, w_KM: np.ndarray, clip: np.ndarray | float = 1.0) -> n
     """The scale [M] of rows that share one, in `code.scale_dtype`."""
     largest = np.max(np.abs(w_KM), axis=0).astype(np.float32)
     scales = largest * np.asarray(clip, np.float32) / np.float32(code.limit)
-    scales = np.where(scales < TINY, np.float32(1), scales)
+    scales = np.where(scales < TINY, np.float32(of_zeros(code)), scales)
     if code.scale_dtype == "float16":
         scales = np.clip(scales, 2.0**-24, 65504.0)
     return scales.astype(code.scale_dtype)

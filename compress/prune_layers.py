@@ -58,6 +58,14 @@ class Prune:
         check_share(self.sparsity, self.pattern)
         if not 0 < self.damp < 1:
             raise ValueError(f"--damp={self.damp}: a part of the mean, between 0 and 1")
+        if self.damp != 0.01 and self.method != "sparsegpt":
+            raise ValueError(
+                f"--damp={self.damp}: has no effect with --method={self.method}; it is of sparsegpt"
+            )
+        if self.scope == "global" and self.pattern == "2:4":
+            raise ValueError(
+                "--scope=global: 2:4 chooses among four rows of a channel; leave it at layer"
+            )
         if self.scope == "global" and self.method != "magnitude":
             raise ValueError(
                 f"--scope=global: {self.method} compares within a channel or a block; give "
@@ -113,7 +121,7 @@ def prune(
         for name, layer, one in prune_by_magnitude(params, model.axes, names, how.sparsity, **ways):
             put(name, layer, np.asarray(jax.reshard(one, jax.P())))
         return result
-    check_walk(model, f"--method={how.method}")
+    check_walk(model, f"--method={how.method}", names)
 
     def visit(layer: Layer) -> dict[str, jax.Array]:
         changed = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,9 @@ from compress.scaling import awq_scale, scaled_inputs, smooth_scale
 from compress.walk import STACK, Layer, check_walk, walk
 from compress.watch import Inputs
 from models.config import ModelConfig
-from parallel.forms import Form
+from parallel.forms import Form, written
 from parallel.quantised import Quantised, quantised
-from parallel.rules import STACKS
+from parallel.rules import is_stacked
 from training.micro_batches import Batch
 from training.naming import named
 from training.state import Model
@@ -68,6 +68,43 @@ class Quantize:
             raise ValueError(f"--damp={self.damp}: a part of the mean, between 0 and 1")
         if not 0 <= self.exponent <= 1:
             raise ValueError(f"--exponent={self.exponent}: between 0 and 1")
+        refuse_idle(self, "damp", "gptq")
+        refuse_idle(self, "exponent", "smoothquant")
+        if self.percentile != 99.99 and self.ranges != "percentile":
+            raise ValueError(
+                f"--percentile={self.percentile}: has no effect with --ranges={self.ranges}; give "
+                f"--ranges=percentile"
+            )
+        if self.ranges != "absmax" and self.method in ("awq", "smoothquant"):
+            raise ValueError(
+                f"--ranges={self.ranges}: is found of the inputs as they are, and {self.method} "
+                f"scales each channel of them; leave it at absmax"
+            )
+
+    def check(self, forms: Iterable[Form], flag: str) -> None:
+        """Refuses forms that this does not make.
+
+        Args:
+          flag: what gave them, for messages.
+
+        Raises:
+          ValueError: saying what does.
+        """
+        every = set(forms)
+        for form in every:
+            other = {
+                "2:4": "python -m compress prune --pattern=2:4 --packed",
+                "rank": f"python -m compress factorize --rank={form.rank}",
+            }.get(form.kind)
+            if other:
+                raise ValueError(f"{flag}: {written(form)} is no form of codes; {other} makes it")
+        if all(form.code is None for form in every):
+            raise ValueError(f"{flag}: nothing is rounded; give a form such as int4:128")
+        if self.ranges != "absmax" and not any(form.static for form in every):
+            raise ValueError(
+                f"--ranges={self.ranges}: has no effect with {flag}; it is of inputs with one "
+                f"scale, as in --form=int8+int8="
+            )
 
     @property
     def calibrated(self) -> bool:
@@ -100,7 +137,8 @@ def quantize(
     """
     result = Result(model, params, scratch)
     if batches:
-        check_walk(model, f"--method={how.method}")
+        what = f"--method={how.method}" if how.calibrated else "one scale for all inputs (=)"
+        check_walk(model, what, forms)
 
         def visit(layer: Layer) -> dict[str, jax.Array]:
             return _visit(how, forms, config, result, layer)
@@ -109,7 +147,7 @@ def quantize(
     for name, array in named(params).items():
         if name not in forms or (batches and name.startswith(STACK)):
             continue
-        stacked = model_axes(result, name)
+        stacked = is_stacked(result.axes[name])
         for layer in range(result.layers(name)):
             one = np.asarray(jax.reshard(array[layer] if stacked else array, jax.P()), np.float32)
             form = forms[name][layer]
@@ -120,9 +158,17 @@ def quantize(
     return result
 
 
-def model_axes(result: Result, name: str) -> bool:
-    """Whether a weight is stacked."""
-    return result.axes[name].split()[0] in STACKS
+def refuse_idle(how: Any, flag: str, method: str) -> None:
+    """Refuses a flag that is not as it is by itself and that only another method reads.
+
+    Raises:
+      ValueError: naming both.
+    """
+    value = getattr(how, flag)
+    if how.method != method and value != getattr(type(how), flag):
+        raise ValueError(
+            f"--{flag}={value}: has no effect with --method={how.method}; it is of {method}"
+        )
 
 
 def _visit(

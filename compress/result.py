@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from parallel.forms import Form, Forms, written
-from parallel.rules import STACKS
-from parallel.stored import Matrix
+from parallel.rules import is_stacked
+from parallel.stored import Matrix, cast
 from training.naming import named, nested
 from training.state import Model
 
@@ -37,21 +37,25 @@ class Result:
         self.model, self.params, self._folder = model, params, folder
         self.axes = named(model.axes)
         self.shapes = {name: tuple(a.shape) for name, a in named(params).items()}
+        self.dtypes = {name: a.dtype for name, a in named(params).items()}
         self._nodes: dict[str, dict[int, Any]] = {}  # or the files that they are in
         self._forms: dict[str, dict[int, Form]] = {}
         self._arrays: dict[str, np.ndarray] = {}
 
     def layers(self, name: str) -> int:
         """How many a weight has; 1 outside of stacks."""
-        return self.shapes[name][0] if self.axes[name].split()[0] in STACKS else 1
+        return self.shapes[name][0] if is_stacked(self.axes[name]) else 1
 
     def matrix(self, name: str) -> Matrix:
         """A weight of one layer as matrices."""
         return Matrix.of(self.shapes[name], self.axes[name])
 
     def put(self, name: str, layer: int, node: Any, form: Form | None = None) -> None:
-        """What a weight of a layer becomes: a node of `form`, or without one an array."""
-        node = jax.tree.map(np.asarray, node)
+        """What a weight of a layer becomes: a node of `form`, or without one an array.
+
+        What is computed with is kept in the dtype of the master copy; codes and scales as they are.
+        """
+        node = jax.tree.map(np.asarray, cast(node, self.dtypes[name]))
         if self._folder is not None:
             file = self._folder / f"{name.replace('/', '.')}.{layer}"
             file.write_bytes(pickle.dumps(node))
@@ -61,7 +65,7 @@ class Result:
 
     def put_array(self, name: str, array: np.ndarray) -> None:
         """What a weight becomes as a whole, of another shape than it had or new."""
-        self._arrays[name] = array
+        self._arrays[name] = array.astype(next(iter(self.dtypes.values())))
 
     def forms(self) -> dict[str, str]:
         """`config.weights.forms` of the result."""
@@ -83,7 +87,7 @@ class Result:
         tree = named(self.params)
         for name in self._nodes:
             own = _branch(compressed.axes, name)
-            stacked = self.axes[name].split()[0] in STACKS
+            stacked = is_stacked(self.axes[name])
             tree[name].delete()
             layers = self._nodes_of(name)
             forms = of_layers(self._forms_of(name))

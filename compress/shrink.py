@@ -21,7 +21,7 @@ from parallel.stored import is_stored
 from training.naming import named
 
 Tree = Any
-FAMILIES = ("decoder", "encoder", "vision")  # of one stack
+FAMILIES = ("decoder", "encoder")  # of one stack
 
 
 @dataclass(frozen=True)
@@ -102,24 +102,24 @@ def smaller(config: ModelConfig, sizes: Sizes, parts: int = 1) -> ModelConfig:
     for key, size in now.items():
         wanted = getattr(sizes, key)
         if wanted is not None and not 1 <= wanted <= size:
-            raise ValueError(f"{key} {wanted}: the model has {size}; choose 1 to {size}")
+            raise ValueError(f"--{key}={wanted}: the model has {size}; choose 1 to {size}")
     kv_heads = sizes.kv_heads or config.kv_heads
     heads = sizes.heads or kv_heads * (config.heads // config.kv_heads)
     _check_heads(config, heads, kv_heads, parts)
     mlp_dim = sizes.mlp_dim or config.feed_forward_dim
     if mlp_dim % parts:
-        raise ValueError(f"mlp_dim {mlp_dim}: {_multiples(mlp_dim, parts, now['mlp_dim'])}")
+        raise ValueError(f"--mlp_dim={mlp_dim}: {_multiples(mlp_dim, parts, now['mlp_dim'])}")
     layers = sizes.layers or config.layers
     if layers < config.layers and config.distinct:
         raise ValueError(
-            f"layers {layers}: layers share blocks (config.model.distinct = {config.distinct}), so "
-            f"that one less saves no weight; set config.model.layers itself"
+            f"--layers={layers}: layers share blocks (config.model.distinct = {config.distinct}), "
+            f"so that one less saves no weight; set config.model.layers itself"
         )
     period = len(config.pattern)
     if (config.layers - layers) % period:
         right = list(range(config.layers % period or period, config.layers, period))
         raise ValueError(
-            f"layers {layers}: their kinds alternate with a period of {period} "
+            f"--layers={layers}: their kinds alternate with a period of {period} "
             f"(config.model.pattern), and whole periods are removed; choose one of {right}"
         )
     changes: dict[str, Any] = dict(heads=heads, kv_heads=kv_heads, layers=layers)
@@ -133,18 +133,18 @@ def smaller(config: ModelConfig, sizes: Sizes, parts: int = 1) -> ModelConfig:
 def _check_heads(config: ModelConfig, heads: int, kv_heads: int, parts: int) -> None:
     if (heads, kv_heads) != (config.heads, config.kv_heads) and config.positions == "relative":
         raise ValueError(
-            f"heads {heads}: layers share one bias for each head (config.model.positions = "
+            f"--heads={heads}: layers share one bias for each head (config.model.positions = "
             f"'relative'), and each loses heads of its own; leave heads out"
         )
     group = config.heads // config.kv_heads
     if heads % kv_heads or heads // kv_heads > group:
         right = [kv_heads * n for n in range(1, group + 1)]
         raise ValueError(
-            f"heads {heads} with {kv_heads} key and value heads: every one of those serves as many "
-            f"query heads, {group} at most; choose heads of {right}, or fewer kv_heads"
+            f"--heads={heads}: with {kv_heads} key and value heads every one of those serves as "
+            f"many query heads, {group} at most; choose heads of {right}, or fewer --kv_heads"
         )
     if heads % parts:
-        raise ValueError(f"heads {heads}: {_multiples(heads, parts, config.heads)}")
+        raise ValueError(f"--heads={heads}: {_multiples(heads, parts, config.heads)}")
 
 
 def _multiples(size: int, parts: int, most: int) -> str:

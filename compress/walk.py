@@ -8,7 +8,7 @@ layers, where kinds of layers alternate.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,8 +61,12 @@ def matrices_of(model: Model) -> dict[str, str]:
     return {n: axes[n] for n in stack_names(model) if is_matrix(n, axes[n])}
 
 
-def check_walk(model: Model, what: str) -> None:
+def check_walk(model: Model, what: str, names: Iterable[str] = ()) -> None:
     """Refuses a model whose layers cannot be walked.
+
+    Args:
+      what: is calibrated, for messages.
+      names: of the matrices that are wanted.
 
     Raises:
       ValueError: naming the reason.
@@ -77,6 +81,14 @@ def check_walk(model: Model, what: str) -> None:
         raise ValueError(
             f"{what}: calibrated layer by layer, and layers share blocks here "
             f"(config.model.distinct); choose a method without calibration"
+        )
+    beyond = sorted(set(names) - set(matrices_of(model)))
+    if beyond or not matrices_of(model):
+        what_else = ", ".join(beyond[:3]) or "none of this family"
+        raise ValueError(
+            f"{what}: calibrated on the layers of a decoder or encoder alone ({STACK}*), and not "
+            f"{what_else}; leave that out by --only='{STACK}*', or choose a method without "
+            f"calibration"
         )
 
 
@@ -164,7 +176,7 @@ def _visited(
             place = next(i for i in range(period) if name not in inputs[i])
             inputs[place][name] = host
     for place in range(period):
-        whole = {n: jax.reshard(a[place], jax.P()) for n, a in layers.items()}
+        whole = {n: jax.reshard(a[place], jax.P()).astype("float32") for n, a in layers.items()}
         changed = visit(Layer(first + place, whole, inputs[place]))
         for name, array in changed.items():
             layers[name] = _put(layers[name], array, place)
@@ -174,7 +186,7 @@ def _visited(
 @jax.jit
 def _put(layers: jax.Array, one: jax.Array, place: Any) -> jax.Array:
     spec = jax.typeof(layers).sharding.spec
-    own = jax.reshard(one.reshape(layers.shape[1:]), jax.P(*spec[1:]))
+    own = jax.reshard(one.reshape(layers.shape[1:]), jax.P(*spec[1:])).astype(layers.dtype)
     return jax.lax.dynamic_update_index_in_dim(layers, own, place, 0)
 
 

@@ -89,10 +89,15 @@ def scales_of(
         assert not code.group, code
         largest = jax.lax.pmax(largest, over)
     scales = largest * jnp.asarray(clip, jnp.float32) / code.limit
-    scales = jnp.where(scales < TINY, 1.0, scales)
+    scales = jnp.where(scales < TINY, of_zeros(code), scales)
     if code.scale_dtype == "float16":  # not to become zero or infinite there
         scales = jnp.clip(scales, 2.0**-24, 65504.0)
     return scales.astype(code.scale_dtype)
+
+
+def of_zeros(code: Code) -> float:
+    """The scale of a group of zeros: any would do, and NF4's second level is to know it."""
+    return TINY if code.kind == "nf4" else 1.0
 
 
 def encode(code: Code, w: jax.Array, scales: jax.Array) -> jax.Array:
@@ -176,12 +181,14 @@ def unpack(code: Code, packed: jax.Array) -> jax.Array:
 def second_level(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """NF4's scales [..., G, M] as int8, a float32 scale for every 256 of a row, and a mean.
 
-    Scales are positive: their mean is taken off first.
+    Scales are positive: their mean is taken off first. Those of zeros do not count, and become it.
     """
     *lead, groups, columns = scales.shape
     blocks = math.ceil(columns / SECOND)
-    mean = jnp.mean(scales, axis=(-2, -1))[..., None]
-    centred = scales - mean[..., None]
+    counts = scales > TINY
+    number = jnp.maximum(jnp.sum(counts, axis=(-2, -1)), 1)
+    mean = (jnp.sum(jnp.where(counts, scales, 0.0), axis=(-2, -1)) / number)[..., None]
+    centred = jnp.where(counts, scales - mean[..., None], 0.0)
     padded = jnp.pad(centred, [(0, 0)] * (scales.ndim - 1) + [(0, blocks * SECOND - columns)])
     largest = jnp.max(jnp.abs(padded.reshape(*lead, groups, blocks, SECOND)), axis=-1)
     step = jnp.where(largest < TINY, 1.0, largest / 127)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -68,6 +68,11 @@ class Form:
                     f"{name}: {unit} codes of {self.code.bits} bits share bytes, which its {rows} "
                     f"rows or groups of {group} do not divide by; choose int8"
                 )
+        if self.inputs and matrix.several:
+            raise ValueError(
+                f"{name}: inputs in codes ({written(self)}) are not for weights of experts; choose "
+                f"{written(replace(self, inputs='', static=False))}"
+            )
         if self.kind == "2:4" and rows % 8:
             raise ValueError(
                 f"{name}: 2:4 packs eight rows together, its {rows} do not divide by that"

@@ -128,11 +128,6 @@ def _check(forms: Forms, matrix: Matrix, where: str) -> None:
             f"{where}: {written(form)!r} has a scale of inputs from calibration; choose "
             f"{written(replace(form, static=False))}"
         )
-    if form.inputs and matrix.several:
-        raise ValueError(
-            f"{where}: {written(form)!r} is not built for weights of experts; give them "
-            f"{form.inputs!r} by a longer pattern"
-        )
 
 
 def _with_nodes(params: Tree, places: Mapping[str, _Place]) -> Tree:

@@ -69,5 +69,5 @@ def test_gptq_finds_nearly_the_same_codes(form, qtype):
         theirs = jax.jit(lambda w, h: gptq_core.quantize_weight(w, h, how)[0])(w.T, moment)
     np.testing.assert_allclose(scales[0], np.asarray(theirs.scale)[:, 0], rtol=3e-7)
     different = np.mean(codes != np.asarray(theirs.qvalue.astype(jnp.int32)).T)
-    print(form, different)
-    assert different <= 0.01
+    # A code is as good as its neighbour where float32 (theirs) and float64 differ in the last bit.
+    assert different <= 1e-4

@@ -59,7 +59,6 @@ def test_ranks_share_a_budget_and_tables_are_factored():
         assert np.isfinite(loss_of(laid, made.finished(laid.model, laid.mesh)))
         with pytest.raises(ValueError, match=r"--keep=0.01: the smallest forms make"):
             mixed(found, 32 * 0.01, flag="keep")
-        table = np.asarray(named(it.params)["embedding"]) if "embedding" in it.params else None
     assert choices(100) == [8 * i for i in range(1, 13)]
     rng = np.random.default_rng(0)
     table = (rng.normal(size=(256, 8)) @ rng.normal(size=(8, 32))).astype(np.float32)

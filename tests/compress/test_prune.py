@@ -113,6 +113,24 @@ def test_wanda_by_hand():
     np.testing.assert_array_equal(wanda(w, squares, 0.5, pattern="2:4"), want)
 
 
+@pytest.mark.parametrize("pattern", PATTERN)
+def test_wanda_is_a_reference_in_float64(pattern):
+    w, x = drawn()
+    got = wanda(w, np.diag(x.T @ x), PATTERN[pattern], pattern=pattern)
+    scores = np.abs(w.astype(np.float64)) * np.linalg.norm(x.astype(np.float64), axis=0)[:, None]
+    want = np.array(w)
+    for m in range(w.shape[1]):
+        if pattern == "2:4":
+            for k in range(0, len(w), 4):
+                want[k + np.argsort(scores[k : k + 4, m], kind="stable")[:2], m] = 0
+        else:
+            number = round(PATTERN[pattern] * len(w))
+            want[np.argsort(scores[:, m], kind="stable")[:number], m] = 0
+    # Norms in float32: scores that are equal to 1e-7 may change places.
+    assert np.mean((got == 0) != (want == 0)) <= 1e-4
+    np.testing.assert_array_equal(got[(got != 0) & (want != 0)], w[(got != 0) & (want != 0)])
+
+
 def test_magnitude_takes_matrices_of_experts_one_by_one():
     names = {"stack/blocks/mlp/up", "stack/blocks/mlp/down"}
     with layout(config=MIXTURE, expert=2, fsdp=2, tensor=2, zero=3) as laid:

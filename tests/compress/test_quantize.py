@@ -20,10 +20,12 @@ from compress.round import best_clip, nearest
 from compress.watch import Inputs
 from parallel import codes as device
 from parallel.forms import read_form
-from parallel.quantised import rounding_error
+from parallel.quantised import quantised, rounding_error
 from parallel.stored import Matrix
 from tests.compress.walked import PLAIN, loss_of, walked
+from tests.small import layout
 from training.naming import named
+from training.stored import dense_layer
 
 CODES = ["int8", "int4:16", "int3:16", "int2:16", "nf4:16", "fp8"]
 
@@ -62,6 +64,23 @@ def test_host_and_device_round_alike_and_bytes_come_back(name):
         error = np.asarray(rounding_error(code, jnp.asarray(w), scales))
         # float16 scales may be rounded down by 2^-11, which half a step of b bits notices.
         assert error.max() <= 1 + 2 ** (code.bits - 11 if code.group else code.bits - 20)
+
+
+def test_groups_of_zeros_cost_the_others_nothing():
+    """NF4's scales have a scale and a mean of their own, which are those of what is there."""
+    code, w = read_form("nf4:64", "form").code, 0.002 * drawn(256, 256)
+    matrix = Matrix(w.shape, "embed -> mlp")
+
+    def error(w):
+        with layout():
+            back = np.asarray(dense_layer(quantised(code, matrix, jnp.asarray(w))))
+        assert (back[w == 0] == 0).all()
+        return np.sum((back - w) ** 2) / np.sum(w**2)
+
+    wanted = error(w)
+    w[:, 7] = 0  # an output that was pruned
+    w[64:128, 9] = 0
+    assert error(w) == pytest.approx(wanted, rel=0.02)  # one channel less in the mean
 
 
 @pytest.mark.parametrize("name", ["int4:16", "int3:32", "int8", "nf4:16"])
@@ -174,9 +193,29 @@ def test_clips_and_limits_take_the_least_error():
         (dict(method="obq"), "--method=obq: choose one of rtn, gptq, awq, smoothquant"),
         (dict(percentile=0.0), "--percentile=0.0: above 0, at most 100"),
         (dict(damp=0.0), "--damp=0.0: a part of the mean, between 0 and 1"),
+        (dict(damp=0.1), "--damp=0.1: has no effect with --method=rtn; it is of gptq"),
+        (dict(exponent=0.8), "--exponent=0.8: has no effect with --method=rtn; it is of smooth"),
+        (dict(percentile=99.0), "--percentile=99.0: has no effect with --ranges=absmax; give --r"),
+        (dict(method="awq", ranges="mse"), "--ranges=mse: is found of the inputs as they are, and"),
     ],
 )
 def test_bad_flags(how, message):
     with pytest.raises(ValueError) as error:
         Quantize(**how)
-    assert str(error.value) == message
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("2:4", "--form=2:4: 2:4 is no form of codes; python -m compress prune --pattern=2:4"),
+        ("rank:8", "--form=rank:8: rank:8 is no form of codes; python -m compress factorize"),
+        ("none", "--form=none: nothing is rounded; give a form such as int4:128"),
+    ],
+)
+def test_forms_that_are_no_codes_are_refused(form, message):
+    with pytest.raises(ValueError) as error:
+        Quantize().check([read_form(form, "form")], f"--form={form}")
+    assert str(error.value).startswith(message)
+    with pytest.raises(ValueError, match="--ranges=mse: has no effect with --form=int8; it is of"):
+        Quantize(ranges="mse").check([read_form("int8", "form")], "--form=int8")

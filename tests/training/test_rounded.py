@@ -178,7 +178,7 @@ def test_what_cannot_be_is_refused(forms, message):
 
 def test_codes_of_experts_inputs_and_weights_in_other_forms_are_refused():
     with (
-        pytest.raises(ValueError, match="not built for weights of experts; give them 'int8'"),
+        pytest.raises(ValueError, match="are not for weights of experts; choose int8"),
         rounded_layout({"stack/*": "int8+int8"}, config=MIXTURE),
     ):
         pass
