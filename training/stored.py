@@ -19,7 +19,7 @@ from parallel.forms import Forms, read_forms
 from parallel.rules import STACKS
 from parallel.stored import Matrix, Packed, dense_layer, is_stored, whole_dims
 from training.naming import named
-from training.state import Model
+from training.state import Model, drawn_shapes
 
 Tree = Any
 
@@ -52,7 +52,7 @@ def stored(model: Model, config: WeightsConfig) -> Model:
     """
     if not config.forms:
         return model
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = drawn_shapes(model)
     forms = chosen_forms(config, {n: a.shape for n, a in named(shapes).items()}, named(model.axes))
     names = list(named(model.axes))
 
