@@ -23,8 +23,8 @@ def forward_parts(terms: Terms, k: InferenceConstants) -> dict[str, Parts]:
         "weights cut by the pattern": held(terms.cut),
     }
     layer, table = (
-        held(size * terms.product_item * terms.gathers_layers)
-        for size in (terms.layer_weights, terms.table)
+        held(size * terms.gathers_layers)
+        for size in (terms.layer_read, terms.table * terms.product_item)
     )
     stream = _stream(job, terms.chip)
     found = {

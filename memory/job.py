@@ -181,8 +181,8 @@ class Job:
         model = make_model(
             self.model, self.objective, self.loss, self.rules, self.remat, self.pipeline
         )
-        model = adapted(stored(model, self.weights), self.adapter)
-        model = rounded(freeze(model, self.optimizer.frozen), self.quantize)
+        model = kept_model(model, self.weights, self.adapter, self.optimizer.frozen)
+        model = rounded(model, self.quantize)
         if self.teacher is None:
             return model
         widths = self.model.embed_dim, self.teacher.model.embed_dim
@@ -226,6 +226,13 @@ class Job:
             sparsity=sparsity,
         )
         return model, optimizer, step
+
+
+def kept_model(
+    model: Model, weights: WeightsConfig, adapter: AdapterConfig, frozen: tuple[str, ...]
+) -> Model:
+    """A model with its weights as the config keeps them: stored, adapted and frozen."""
+    return freeze(adapted(stored(model, weights), adapter), frozen)
 
 
 @lru_cache(maxsize=1024)
