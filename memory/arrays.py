@@ -54,12 +54,14 @@ class Array(NamedTuple):
       dtype: at rest.
       used: dtype in which the model takes it; codes and scales are taken as they are.
       trained: whether it has a gradient and moments.
+      name: canonical, or "" where all are trained.
     """
 
     weight: Weight
     dtype: str
     used: str
     trained: bool = True
+    name: str = ""
 
 
 class Arrays(NamedTuple):
@@ -160,6 +162,7 @@ def _traced(
             str(array.dtype),
             str(used[name].dtype),
             name not in made.frozen,
+            name,
         )
         for name, array in named(rest).items()
     }

@@ -110,6 +110,7 @@ def one_layer(terms: Terms, k: Constants) -> Parts:
     attention = k.heads * together * terms.heads + k.scores * terms.scores
     return {
         "gathered weights": int(k.gathered * together * gathered),
+        "made of codes, or rounded": int(together * terms.layer_made),
         "gradients of one layer": int(k.layer_gradient * together * gradients),
         "one layer: feed-forward": int(k.wide * together * terms.wide),
         "one layer: residual stream": int(k.narrow * together * terms.narrow),

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
+from memory.partly_trained import ranks, read_again, scaled_products
 from memory.weight_terms import WeightTerms
 from models.attention import form_for
 from models.block import RESIDUAL, block_residuals
@@ -70,7 +71,7 @@ class Terms(WeightTerms):
         return {
             "batch": self.job.batch_size // self.job.micro_steps,
             "seq": length,
-            "keys": length,
+            "keys": length + model.prefix_length,
             "source": self.job.source_length,
             "residual_seq": length,
             "act_embed": model.embed_dim,
@@ -127,11 +128,13 @@ class Terms(WeightTerms):
         remat, layers = self.job.remat, self.job.model.layers
         if self.arrays.below:
             return {}, {}
-        tensors = self.residuals
-        offloaded: list[Activation] = []
+        stacked = self.arrays.stacked
+        forms = {"attention": self.form, "cross": self.cross_form}
+        read = partial(read_again, arrays=stacked, forms=forms, named=remat.policy != "none")
+        tensors, offloaded = read(self.residuals) + scaled_products(stacked), list[Activation]()
         if remat.policy != "none":
-            tensors = [Activation("block input", RESIDUAL), *self.saved_names]
-            offloaded = self._named(remat.offload)
+            tensors = [Activation("block input", RESIDUAL), *read(self.saved_names)]
+            offloaded = read(self._named(remat.offload))
             if self.chip.kind == "cpu":  # one memory
                 tensors, offloaded = tensors + offloaded, []
         sums: tuple[dict[str, int], dict[str, int]] = ({}, {})
@@ -139,6 +142,9 @@ class Terms(WeightTerms):
             for tensor in kept:
                 size = layers * self.bytes_of([tensor])
                 into[tensor.name] = into.get(tensor.name, 0) + size
+        if remat.policy == "none" and (between := ranks(stacked)):
+            one = self.bytes_of([Activation("", "batch seq")])
+            sums[0]["between factors"] = int(between * self.uses) * one
         return sums
 
     @cached_property

@@ -230,7 +230,7 @@ class WeightTerms:
 
     @cached_property
     def layer_differentiated(self) -> int:
-        """Gradients of one layer's arrays, whole; of frozen ones, too, where stages ask for them."""
+        """Gradients of one layer's arrays, whole. Stages ask for those of frozen ones, too."""
         staged = self.job.pipeline is not None
         arrays = self.arrays.stacked if staged else self.trained[0]
         return self.as_used(arrays, "gathered") // self.job.model.blocks
