@@ -29,7 +29,8 @@ def forward_parts(terms: Terms, k: InferenceConstants) -> dict[str, Parts]:
     stream = _stream(job, terms.chip)
     found = {
         "layers": always
-        | {"gathered weights": layer, "positions": held(stream.bias + stream.angles)}
+        | {"gathered weights": layer, "made of codes, or rounded": held(terms.layer_made)}
+        | {"positions": held(stream.bias + stream.angles)}
         | one_layer(stream, k),
         "embedding": always | {"gathered weights": table, "residual stream": held(stream.narrow)},
     }
