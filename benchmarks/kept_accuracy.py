@@ -161,8 +161,8 @@ SOURCE = (
     "benchmarks/results/kept_accuracy.jsonl (jax 0.10.2). Bytes per device, computed in bfloat16; "
     "[README.md](README.md) says how they are counted. No constant was fitted to these cells, but "
     "four terms were found by looking at some of them: a frozen table has no gradient in the loss "
-    "head, a frozen norm keeps one tensor less, one layer of dense weights stands beside codes, and "
-    "a TPU pads arrays of few rows less."
+    "head, a frozen norm keeps one tensor less, one layer of dense weights stands beside codes, "
+    "and a TPU pads arrays of few rows less."
 )
 
 
