@@ -98,9 +98,6 @@ def _check(
     job = experiment.job()
     row = plan(job, target, name=experiment.describe_layout(), overrides={}, limit_bytes=limit)
     say(f"plan: {summary(row)}")
-    if experiment.weights.forms:
-        say("note: the plan counts config.weights.forms as float arrays, which are larger")
-        check = "warn" if check == "refuse" else check
     if row["fits"] or check == "off":
         return
 

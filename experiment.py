@@ -52,8 +52,6 @@ if TYPE_CHECKING:
     from data.dataset import Data
 
 LAYOUTS = ("given", "auto")
-# The planner knows what is frozen and no adapters, which are small: gains of norms stand for them.
-BUT_GAINS = ("*[!n]", "*[!i]n")
 
 
 @dataclass(frozen=True)
@@ -231,9 +229,7 @@ class Experiment:
             parallel=self.parallel,
             precision=self.precision,
             remat=self.remat,
-            optimizer=replace(self.optimizer, frozen=BUT_GAINS)
-            if self.adapter.method
-            else self.optimizer,
+            optimizer=self.optimizer,
             objective=self.objective,
             loss=self.loss,
             batch_size=self.data.batch_size,
@@ -248,6 +244,7 @@ class Experiment:
             teacher=teacher,
             quantize=self.quantize,
             weights=self.weights,
+            adapter=self.adapter,
         )
 
     @property

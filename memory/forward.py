@@ -23,13 +23,14 @@ def forward_parts(terms: Terms, k: InferenceConstants) -> dict[str, Parts]:
         "weights cut by the pattern": held(terms.cut),
     }
     layer, table = (
-        held(size * terms.product_item * terms.gathers_layers)
-        for size in (terms.layer_weights, terms.table)
+        held(size * terms.gathers_layers)
+        for size in (terms.layer_read, terms.table * terms.product_item)
     )
     stream = _stream(job, terms.chip)
     found = {
         "layers": always
-        | {"gathered weights": layer, "positions": held(stream.bias + stream.angles)}
+        | {"gathered weights": layer, "made of codes, or rounded": held(terms.layer_made)}
+        | {"positions": held(stream.bias + stream.angles)}
         | one_layer(stream, k),
         "embedding": always | {"gathered weights": table, "residual stream": held(stream.narrow)},
     }

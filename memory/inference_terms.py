@@ -26,7 +26,6 @@ from parallel.footprint import ITEM, Weight, elements, tiled_size
 from parallel.rules import is_stacked
 from training.batch_arrays import BatchArray
 
-ITEMS = ITEM | {"int8": 1}
 CROSS, POOL, RING, FULL = (
     "cross-attention cache",
     "KV cache: paged pool",
@@ -90,7 +89,7 @@ class InferenceTerms:
         for dim, entry in enumerate(spec):
             axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
             own[dim] //= self.job.rules.size(axes)
-        return (tiled_size(own) if self.tiled else math.prod(own)) * ITEMS[dtype]
+        return (tiled_size(own) if self.tiled else math.prod(own)) * ITEM[dtype]
 
     def inputs(self, phase: str) -> int:
         """What a call is given of its rows: tokens, sources, images, places, tables."""
@@ -162,7 +161,7 @@ class InferenceTerms:
         sizes = self.rows * shape.row_blocks * shape.block, heads, self.job.model.head_dim
         minor = -(-sizes[-1] // 128) * 128 if self.tiled else sizes[-1]
         elements = 2 * math.prod(sizes[:-1]) * minor  # keys and values
-        return Read(elements * ITEMS[pools[0].dtype], elements * (pools[0].dtype == "int8"))
+        return Read(elements * ITEM[pools[0].dtype], elements * (pools[0].dtype == "int8"))
 
     @property
     def unaligned(self) -> bool:

@@ -19,6 +19,7 @@ from parallel.pipeline import PipelineConfig
 from parallel.precision import PrecisionConfig
 from parallel.remat import RematConfig
 from parallel.rules import ParallelConfig, Rules
+from training.adapters import AdapterConfig, adapted
 from training.batch_arrays import BatchArray, batch_arrays
 from training.distill import (
     Distillation,
@@ -42,6 +43,7 @@ NO_TEACHER = DistillConfig()
 NO_PRUNING = SparsityConfig()
 NOT_ROUNDED = QuantizeConfig()
 ARRAYS = WeightsConfig()
+NOT_ADAPTED = AdapterConfig()
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ class Job:
       steps: of the run, for the schedule.
       rules: the layout.
       teacher: what the student learns from, as a job of the same micro-steps.
-      quantize: what is rounded; of programs that are compiled, formulas do not know of it.
-      weights: in what form they are at rest; the same.
+      quantize: what is rounded where it is used.
+      weights: in what form they are at rest.
+      adapter: what is trained on them, if they are frozen.
     """
 
     model: ModelConfig
@@ -80,6 +83,7 @@ class Job:
     teacher: Job | None = None
     quantize: QuantizeConfig = NOT_ROUNDED
     weights: WeightsConfig = ARRAYS
+    adapter: AdapterConfig = NOT_ADAPTED
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -109,6 +113,7 @@ class Job:
             pipeline=None,
             quantize=NOT_ROUNDED,
             weights=ARRAYS,
+            adapter=NOT_ADAPTED,
         )
 
     @property
@@ -176,7 +181,7 @@ class Job:
         model = make_model(
             self.model, self.objective, self.loss, self.rules, self.remat, self.pipeline
         )
-        model = freeze(stored(model, self.weights), self.optimizer.frozen)
+        model = kept_model(model, self.weights, self.adapter, self.optimizer.frozen)
         model = rounded(model, self.quantize)
         if self.teacher is None:
             return model
@@ -221,6 +226,13 @@ class Job:
             sparsity=sparsity,
         )
         return model, optimizer, step
+
+
+def kept_model(
+    model: Model, weights: WeightsConfig, adapter: AdapterConfig, frozen: tuple[str, ...]
+) -> Model:
+    """A model with its weights as the config keeps them: stored, adapted and frozen."""
+    return freeze(adapted(stored(model, weights), adapter), frozen)
 
 
 @lru_cache(maxsize=1024)

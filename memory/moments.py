@@ -15,15 +15,16 @@ from training.optim import BITS, SCALES
 
 
 def moments(
-    job: Job, weights: list[Weight], at_rest: Callable[[list[Weight]], int]
+    job: Job, weights: list[Weight], dtype: str, at_rest: Callable[[list[Weight]], int]
 ) -> dict[str, int]:
     """Moment -> bytes on one device.
 
     Args:
+      dtype: of the weights.
       at_rest: the elements of weights on one device as they are divided at rest.
     """
     name, momentum = job.optimizer.name, job.optimizer.momentum
-    item = ITEM[job.precision.params]
+    item = ITEM[dtype]
     whole = at_rest(weights) * item
     if name in BITS:
         return _quantised(job, weights, at_rest)

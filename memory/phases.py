@@ -30,7 +30,7 @@ def phases(terms: Terms, k: Constants) -> dict[str, Parts]:
         "summed gradients": terms.accumulated,
         "summed gradients twice": int(k.accumulated_twice * terms.accumulated),
     }
-    always |= {"saved: embedding": 0 if terms.frozen.below else terms.embedding_saved}
+    always |= {"saved: embedding": 0 if terms.arrays.below else terms.embedding_saved}
     saved = {f"saved: {name}": size for name, size in terms.saved.items()}
     of_encoder = beside(terms, k)
     kept = always | saved | of_encoder
@@ -53,13 +53,13 @@ def phases(terms: Terms, k: Constants) -> dict[str, Parts]:
         },
         "update": {
             "gradients": terms.accumulated or gradients["gradients"],
-            "update": int(k.update * terms.master),
+            "update": int(k.update * terms.updated),
         },
     }
     found |= taught_phases(terms)
     encoder = terms.encoder
     if encoder is not None:
-        if not terms.frozen.beside:
+        if not terms.arrays.beside:
             twice = {"gradients twice": int(k.gradients_twice * encoder.layer_gradients)}
             one = one_layer(encoder, k)
             found["encoder, backward"] = always | of_encoder | gradients | twice | one
@@ -91,7 +91,7 @@ def beside(terms: Terms, k: Constants) -> Parts:
     if terms.encoder is None:
         return {}
     saved: dict[str, int] = {}
-    if not terms.frozen.beside:
+    if not terms.arrays.beside:
         saved = terms.encoder.saved | {"embedding": terms.encoder.embedding_saved}
     parts = {f"saved by the encoder: {name}": n for name, n in saved.items()}
     biases = int(k.biases * (terms.bias + terms.encoder.bias))
@@ -105,11 +105,12 @@ def one_layer(terms: Terms, k: Constants) -> Parts:
     # Layers of one period of a pattern are one iteration: what one of them computes again may live
     # beside what the others do.
     together = 1 + k.period * (len(job.model.pattern) - 1)
-    gathered = terms.layer_weights * terms.product_item if terms.gathers_layers else 0
-    gradients = terms.layer_weights * terms.item
+    gathered = terms.layer_read if terms.gathers_layers else 0
+    gradients = terms.layer_differentiated
     attention = k.heads * together * terms.heads + k.scores * terms.scores
     return {
         "gathered weights": int(k.gathered * together * gathered),
+        "made of codes, or rounded": int(together * terms.layer_made),
         "gradients of one layer": int(k.layer_gradient * together * gradients),
         "one layer: feed-forward": int(k.wide * together * terms.wide),
         "one layer: residual stream": int(k.narrow * together * terms.narrow),
@@ -134,8 +135,8 @@ def loss_head(terms: Terms, k: Constants) -> Parts:
     }
     parts |= taught_head(terms, k, rows)
     if chunks > 1:
-        parts["loss head: gradient of the table"] = int(k.logits * 4 * terms.table)
+        parts["loss head: gradient of the table"] = int(k.logits * 4 * terms.head_gradient)
     if job.parallel.zero >= 2 and job.sizes["fsdp"] > 1:
-        scattered = int(k.scattered * 4 * terms.table)
+        scattered = int(k.scattered * 4 * terms.head_gradient)
         parts["loss head: gradient of the table before it is divided"] = scattered
     return parts

@@ -184,7 +184,7 @@ def streamed_bytes(job: Job, terms: Terms) -> float:
     columns = job.model.token_head * job.model.padded_vocab // job.rules.parts("act_vocab")
     logits = 6 * 4 * job.tokens * columns
     moments = sum(sum(parts) for parts in terms.moments.values())
-    update = 2 * (terms.master + moments) + 2 * (terms.layer_gradients + terms.outer_gradients)
+    update = 2 * (terms.updated + moments) + 2 * (terms.layer_gradients + terms.outer_gradients)
     return job.micro_steps * (layers + logits) + update
 
 
@@ -227,20 +227,23 @@ def communication_seconds(job: Job, terms: Terms, target: Target) -> dict[str, f
         add(EXPERT, exchanged(terms) * job.model.layers, micro)
         add("tensor", over_tensor(terms) * job.model.layers, micro)
         add(EXPERT, terms.shared_gradients, 2 * micro)  # as over data
-    stacked, outside = (terms.laid_out(ws, "gathered") * terms.item for ws in terms.weights)
+    arrays = terms.arrays
+    stacked, outside = (terms.as_used(of, "gathered") for of in (arrays.stacked, arrays.outside))
+    gradients = [terms.as_used(of, "gathered") for of in terms.trained]
     # Of a block that layers share, each of them gathers the weights and reduces the gradients.
-    whole = stacked * terms.uses + outside
+    whole, back = stacked * terms.uses + outside, gradients[0] * terms.uses + gradients[1]
     parted = terms.layer_gradients * terms.uses + terms.outer_gradients
     if job.parallel.zero == 3:
-        add("fsdp", whole, 3 * micro)  # gathered forward and backward, gradients scattered
+        add("fsdp", whole, 2 * micro)  # gathered forward and backward
+        add("fsdp", back, micro)  # scattered
         add("data", parted, 2 * micro)
     elif job.parallel.zero == 0:
-        add("fsdp", whole, 2 * micro)
-        add("data", whole, 2 * micro)
+        add("fsdp", back, 2 * micro)
+        add("data", back, 2 * micro)
     else:
         # One gather of the weights a step; gradients scattered, or at level 1 reduced whole.
         add("fsdp", stacked + outside, 1)
-        add("fsdp", whole, (1 if job.parallel.zero == 2 else 2) * micro)
+        add("fsdp", back, (1 if job.parallel.zero == 2 else 2) * micro)
         add("data", parted, 2 * micro)
     return seconds
 

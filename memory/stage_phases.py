@@ -61,7 +61,7 @@ def stage_phases(stages: Stages, k: Constants) -> dict[str, Parts]:
         },
     }
     encoder = terms.encoder
-    if encoder is not None and not terms.frozen.beside:
+    if encoder is not None and not terms.arrays.beside:
         # Computed again in the first stage's backward pass.
         layers = [weight for weight in terms.weights[1] if weight.axes.split()[0] == BESIDE]
         own = {"gradients of the encoder": terms.laid_out(layers, "in_stage") * terms.item}

@@ -14,7 +14,8 @@ from functools import cached_property
 from memory.experts_exchange import exchanged, over_tensor
 from memory.job import Job
 from memory.stages import Stages
-from memory.terms import Terms, not_of_experts
+from memory.terms import Terms
+from memory.weight_terms import of_experts
 from models.beside import BESIDE
 from models.flops import (
     embed_parameters,
@@ -245,11 +246,12 @@ class Actions:
         terms, zero = self.stages.terms, self.job.parallel.zero
         whole = terms.laid_out(weights, "gathered") * terms.item
         parted = terms.laid_out(weights, "in_stage") * terms.item
-        shared = terms.laid_out(not_of_experts(weights), "in_stage") * terms.item
+        shared = [weight for weight in weights if not of_experts(weight)]
+        reduced = terms.laid_out(shared, "in_stage") * terms.item
         return {
             "fsdp": self._moved("fsdp", whole, 1 if zero >= 2 else 2),
             "data": self._moved("data", parted, 2),
-            EXPERT: self._moved(EXPERT, shared, 2),
+            EXPERT: self._moved(EXPERT, reduced, 2),
         }
 
     def _tensor(self, whole: float, rounds: float) -> dict[str, float]:

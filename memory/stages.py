@@ -100,8 +100,7 @@ class Stages:
     @property
     def at_rest_gradients(self) -> int:
         """What the update is given."""
-        stacked, outside = self.terms.trained
-        return self.terms.laid_out(stacked + outside, "of_gradient") * self.accumulate
+        return self.terms.summed
 
     @property
     def accumulate(self) -> int:

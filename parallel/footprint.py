@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from parallel.rules import STAGED, Rules, is_stacked
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "bool": 1}
+ITEM |= dict.fromkeys(("int8", "uint8", "float8_e4m3fn"), 1)  # codes
 
 
 class Weight(NamedTuple):
@@ -61,15 +62,19 @@ def elements(weight: Weight, spec: PartitionSpec, rules: Rules, *, tiled: bool =
 
 
 def tiled_size(shape: Sequence[int], stacked: int = 0) -> int:
-    """Elements that an array takes in a TPU's memory: two of its dims are padded to (8, 128).
+    """Elements that an array takes in a TPU's memory: two of its dims are padded to (8, 128), or of
+    fewer rows to (4, 128), (2, 128) or (1, 128).
 
     XLA lays out the two dims that waste least (https://openxla.org/xla/tiled_layout); the leading
     `stacked` dims are not among them. Arrays of less than two dims are not padded to speak of.
     """
     size = math.prod(shape)
     inner = range(stacked, len(shape))
+    rows = [min(8, 2 ** max(0, dim - 1).bit_length()) for dim in shape]
     padded = [
-        size // (shape[i] * shape[j]) * (-(-shape[i] // 8) * 8) * (-(-shape[j] // 128) * 128)
+        size
+        // (shape[i] * shape[j])
+        * (-(-shape[i] // rows[i]) * rows[i] * -(-shape[j] // 128) * 128)
         for i in inner
         for j in inner
         if i != j

@@ -136,6 +136,11 @@ class Forms:
     rest: Form
     layers: tuple[tuple[Form, tuple[int, ...]], ...] = ()
 
+    @property
+    def all(self) -> list[Form]:
+        """Every form that a layer may have."""
+        return [self.rest, *[form for form, _ in self.layers]]
+
     def of_layers(self, number: int) -> list[Form]:
         """The form of each of so many layers."""
         forms = [self.rest] * number

@@ -20,6 +20,8 @@ def gather(array: jax.Array, spec: PartitionSpec) -> jax.Array:
     beside the one that the loop's products want: ZeRO 2's weights, what a divided sequence was
     gathered to for the backward pass. For Llama 3 8B on 8 H100 at level 2 that is 7 of 49 GiB.
     """
+    if jax.typeof(array).sharding.spec == spec:  # or several readers would each keep their own
+        return array
     gathered = jax.reshard(array, spec)
     if platform() != "gpu" or _part(gathered) == _part(array):
         return gathered

@@ -39,6 +39,19 @@ def test_what_cannot_fit_is_refused_with_what_would_help():
     assert "config.memory.check=warn" in str(caught.value)
 
 
+def test_weights_in_other_forms_are_planned_as_they_are():
+    """Refused as any run is, and of less than dense weights need."""
+    least = []
+    for forms in ({}, {"stack/*": "int8"}):
+        small = config(memory__budget_gib=0.0005, weights__forms=forms)
+        said = []
+        with pytest.raises(ValueError, match="does not fit: needs") as caught:
+            list(planned(small, said.append))
+        assert [line.partition(":")[0] for line in said] == ["plan"]
+        least.append(float(re.search(r"needs (\S+)", str(caught.value))[1]))
+    assert least[1] < least[0]
+
+
 @pytest.mark.parametrize(("check", "warnings"), [("warn", 1), ("off", 0)])
 def test_unless_told_otherwise(check, warnings):
     said = []

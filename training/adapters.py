@@ -25,7 +25,7 @@ from parallel.rules import STACKS
 from parallel.several import side_by_side
 from parallel.stored import Composed, Matrix, cast, is_stored
 from training.naming import named
-from training.state import Model, drawn_params
+from training.state import Model, drawn_params, drawn_shapes
 from training.stored import dense_params, is_matrix
 
 Tree = Any
@@ -225,7 +225,7 @@ def chosen_places(config: AdapterConfig, model: Model) -> dict[str, Place]:
     Raises:
       ValueError: as `adapted`.
     """
-    shapes = _nodes(jax.eval_shape(model.init, jax.random.key(0)))
+    shapes = _nodes(drawn_shapes(model))
     found: dict[str, Place] = {}
     matrices: list[str] = []
     for name, axes in _nodes(model.axes).items():

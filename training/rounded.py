@@ -19,7 +19,7 @@ from parallel.rounded import Rounded
 from parallel.stored import Matrix, is_stored
 from parallel.twin import Twin
 from training.naming import named
-from training.state import Model
+from training.state import Model, drawn_shapes
 from training.stored import WeightsConfig, chosen_forms
 
 Tree = Any
@@ -92,7 +92,7 @@ class _Place:
 
 def _places(model: Model, config: QuantizeConfig) -> dict[str, _Place]:
     """Every weight that is rounded, by canonical name."""
-    axes, shapes = named(model.axes), named(jax.eval_shape(model.init, jax.random.key(0)))
+    axes, shapes = named(model.axes), named(drawn_shapes(model))
     for path, node in jax.tree_util.tree_leaves_with_path(model.axes, is_leaf=is_stored):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         patterns = [p for p in config.forms if fnmatchcase(name, p)]

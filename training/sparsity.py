@@ -24,7 +24,7 @@ from parallel.rules import is_stacked
 from parallel.when import when
 from training.magnitude import PATTERNS, SCOPES, check_fours, numbers, with_zeros
 from training.naming import named
-from training.state import Model
+from training.state import Model, drawn_shapes
 from training.stored import is_matrix
 
 Tree = Any
@@ -179,7 +179,7 @@ def make_sparsity(config: SparsityConfig, model: Model) -> Sparsity:
             "config.optimizer.frozen); choose others by config.sparsity.names, or set target to 0"
         )
     if config.pattern == "2:4":
-        shapes = named(jax.eval_shape(model.init, jax.random.key(0)))
+        shapes = named(drawn_shapes(model))
         for name, names in chosen.items():
             check_fours(name, shapes[name].shape, names, "config.sparsity.pattern")
     return Sparsity(config, chosen)

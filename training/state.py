@@ -83,6 +83,11 @@ class Model:
         return structure.unflatten([None if name in self.frozen else leaf for name, leaf in leaves])
 
 
+def drawn_shapes(model: Model) -> Tree:
+    """What `model.init` gives, abstract. No key is made: devices to compile for run nothing."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0)))
+
+
 def abstract_params(model: Model, precision: PrecisionConfig) -> Tree:
     """Shapes, dtypes and partitions of the master parameters; nothing is computed."""
     return jax.eval_shape(lambda: _cast(model.init(jax.random.key(0)), precision))

@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from parallel.by_layer import ByLayer
 from parallel.forms import Forms, read_forms
 from parallel.rules import STACKS
 from parallel.stored import Matrix, Packed, dense_layer, is_stored, whole_dims
 from training.naming import named
-from training.state import Model
+from training.state import Model, drawn_shapes
 
 Tree = Any
 
@@ -52,7 +55,7 @@ def stored(model: Model, config: WeightsConfig) -> Model:
     """
     if not config.forms:
         return model
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = drawn_shapes(model)
     forms = chosen_forms(config, {n: a.shape for n, a in named(shapes).items()}, named(model.axes))
     names = list(named(model.axes))
 
@@ -85,8 +88,13 @@ def store_array(forms: Forms, array: jax.Array, names: str) -> Any:
     w = whole_dims(matrix, array)
     if names.split()[0] not in STACKS:
         return forms.rest.store(matrix, w)
-    layers = zip(forms.of_layers(len(w)), w, strict=True)
-    return forms.joined([form.store(matrix, one) for form, one in layers], matrix)
+    distinct, which = forms.parts(len(w))
+    # One layer after the other, traced once for each form.
+    parts = [
+        jax.lax.map(partial(form.store, matrix), w[np.flatnonzero(np.array(which) == i)])
+        for i, form in enumerate(distinct)
+    ]
+    return parts[0] if len(parts) == 1 else ByLayer(tuple(parts), matrix, which)
 
 
 def packed_names(axes: Tree) -> frozenset[str]:

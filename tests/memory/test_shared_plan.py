@@ -14,7 +14,9 @@ from parallel.targets import parse_target
 from tests.memory.test_knobs import (
     CLOSE,
     FULL,
+    ROWS,
     XLA,
+    T,
     arguments_moved,
     compiled,
     job,
@@ -46,13 +48,14 @@ def test_a_rank_moves_the_table():
 
 @pytest.mark.slow
 def test_frozen_weights_have_no_gradients_and_no_moments():
-    """Temporaries fall by more than the gradients: the inputs of products are kept for none."""
+    """Nor are the inputs of their products kept."""
     base, frozen = (XLA,), (XLA, "optimizer.frozen=stack/*/mlp/*")
-    mlp = 256 * 4 * 3 * 64 * 128
-    assert arguments_moved(base, frozen) == -mlp
+    layer = 4 * 3 * 64 * 128
+    assert arguments_moved(base, frozen) == -256 * layer
     change, guess = moved(base, frozen)
-    assert guess == pytest.approx(-mlp)
-    assert change < guess
+    inputs = 256 * 4 * ROWS * T * (64 + 128)
+    assert guess == pytest.approx(-257 * layer - inputs)
+    assert change == pytest.approx(guess, rel=CLOSE)
 
 
 @pytest.mark.slow
