@@ -50,14 +50,14 @@ def main(
         arrays = named(run.params)
         forms: dict[str, Any] = {}
         calibrated = (chosen.method != "svd" and rank is not None) or keep is not None
-        batches = run.calibration(rows, seed, chosen.method) if calibrated else []
+        text = run.calibration(rows, seed, chosen.method) if calibrated else None
         if rank is not None:
             forms = forms_of(run, only, f"rank:{rank}", f"--rank={rank}")
-        elif keep is not None:
+        elif keep is not None and text is not None:
             names = list(forms_of(run, only, "rank:1", f"--only={only}"))
-            found = rank_candidates(chosen, names, run.model, run.params, batches)
+            found = rank_candidates(chosen, names, run.model, run.params, text)
             forms = mixed(found, 32 * keep, flag="keep")
-        text = batches if forms else []
+        text = text if forms else None
         made = factorize(chosen, forms, run.model, run.params, text, scratch=run.scratch)
         values: dict[str, Any] = {}
         if embedding_rank is not None:

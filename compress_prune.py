@@ -38,8 +38,8 @@ def main(
     chosen = Prune(**how)
     with opened(config, workdir, step, out) as run:
         names = list(forms_of(run, only, "int8", f"--only={only}"))  # its matrices
-        batches = run.calibration(rows, seed, chosen.method) if chosen.calibrated else []
-        made = prune(chosen, names, run.model, run.params, batches, scratch=run.scratch)
+        text = run.calibration(rows, seed, chosen.method) if chosen.calibrated else None
+        made = prune(chosen, names, run.model, run.params, text, scratch=run.scratch)
         what = {"method": f"prune {chosen.method}", "sparsity": chosen.sparsity, "rows": rows}
         finish(run, made, out, what)
     if not chosen.packed:

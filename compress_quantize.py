@@ -55,12 +55,12 @@ def main(
         every = [form for option in options for layers in option.values() for form in layers]
         chosen.check(every, flag)
         asked = chosen.method if chosen.calibrated else flag
-        batches = run.calibration(rows, seed, asked) if read or mix is not None else []
+        text = run.calibration(rows, seed, asked) if read or mix is not None else None
         forms = options[0]
-        if bits is not None:
-            forms = mixed(candidates(run.model, run.params, batches, options), bits)
-        batches = batches if read else []
+        if bits is not None and text is not None:
+            forms = mixed(candidates(run.model, run.params, text, options), bits)
+        text = text if read else None
         of_model = (run.experiment.model, run.model, run.params)
-        made = quantize(chosen, forms, *of_model, batches, scratch=run.scratch)
+        made = quantize(chosen, forms, *of_model, text, scratch=run.scratch)
         what = {"method": f"quantize {chosen.method}", "form": form or mix, "rows": rows}
         finish(run, made, out, what)

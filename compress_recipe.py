@@ -83,8 +83,9 @@ def main(config: Any, workdir: Path, out: Path, recipe: str, stage: int | None) 
             print(f"{each}: {folder} is there", flush=True)
         else:
             refuse_later(stages[each.number :], out, each)
-            if each.name != TRAIN and len(begun) >= each.number and folder.is_dir():
-                shutil.rmtree(folder)  # a kill left it half written
+            half = each.name != TRAIN or not has_begun(each, folder)
+            if half and len(begun) >= each.number and folder.is_dir():
+                shutil.rmtree(folder)  # a kill left it half written, or training failed at once
             begun[each.number - 1 :] = [[each.name, each.settings]]
             write_record(out, workdir, changed, begun)
             print(f"{each}: {folder}", flush=True)
@@ -241,6 +242,13 @@ def is_finished(stage: Stage, folder: Path) -> bool:
     return (folder / "checkpoints" / str(steps)).is_dir()
 
 
+def has_begun(stage: Stage, folder: Path) -> bool:
+    """Whether there is anything of a stage to keep; else it failed at once, and may be another."""
+    if stage.name != TRAIN:
+        return folder.exists()
+    return any(step.name.isdigit() for step in (folder / "checkpoints").glob("*"))
+
+
 def read_record(
     out: Path, dense: Path, stages: list[Stage], changed: Mapping[str, Any], recipe: str
 ) -> list[Any]:
@@ -263,8 +271,8 @@ def read_record(
             f"overrides; give the same, or another --out"
         )
     for stage, (name, settings) in zip(stages, record["begun"], strict=False):
-        left = Stage(stage.number, name, settings).folder(out).exists()  # else it failed at once
-        if left and (stage.name, stage.settings) != (name, settings):
+        first = Stage(stage.number, name, settings)
+        if has_begun(first, first.folder(out)) and (stage.name, stage.settings) != (name, settings):
             raise ValueError(
                 f"--recipe={recipe}: {stage} is {stage.settings}, and --out={out} has {name} "
                 f"{settings} there; give another --out, or the recipe that it was begun with"

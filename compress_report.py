@@ -71,6 +71,7 @@ def main(config: Any, workdir: Path, runs: str, out: Path, prompt: int, tokens: 
             f"--tokens={tokens}: with --prompt={prompt} more than config.model.max_length = "
             f"{config.model.max_length}"
         )
+    check_report(out / "report.json", workdir)
     keep_compiled()
     experiments = []
     for folder in (workdir, *folders):  # all that may be wrong, before anything is measured
@@ -94,7 +95,8 @@ def main(config: Any, workdir: Path, runs: str, out: Path, prompt: int, tokens: 
         told = [f"{title} {shown(row, n)}" for n, (title, _) in COLUMNS.items() if n != "layout"]
         print(f"{folder}: {', '.join(told[1:])}", flush=True)
     write(out, with_others(out / "report.json", rows), workdir)
-    if not picture(rows, out / "pareto.png"):
+    every = [row for row in with_others(out / "report.json", rows) if row["layout"] == layout]
+    if not picture(every, out / "pareto.png"):
         print("note: no pareto.png, which wants matplotlib; run pip install -e '.[dev]'")
     print(json.dumps({"out": str(out), "runs": len(rows), "layout": layout}))
 
@@ -281,10 +283,27 @@ def compare(rows: Sequence[Row]) -> None:
 
 
 def with_others(file: Path, rows: Sequence[Row]) -> list[Row]:
-    """The rows of other layouts that the file has, and these."""
+    """The rows of other runs and layouts that the file has, and these."""
     kept = json.loads(file.read_text())["rows"] if file.is_file() else []
-    layout = rows[0]["layout"], rows[0]["machine"]
-    return [row for row in kept if (row["layout"], row["machine"]) != layout] + list(rows)
+    place = lambda row: tuple(row[name] for name in ("run", "layout", "machine"))
+    new = {place(row) for row in rows}
+    return [row for row in kept if place(row) not in new] + list(rows)
+
+
+def check_report(file: Path, dense: Path) -> None:
+    """Refuses to put rows beside those that are compared with another run.
+
+    Raises:
+      ValueError: naming that run.
+    """
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text())["dense"]
+    if before != str(dense):
+        raise ValueError(
+            f"--out={file.parent}: has a report of runs compared with --workdir={before}; give "
+            f"that, or another --out"
+        )
 
 
 def write(out: Path, rows: Sequence[Row], dense: Path) -> None:

@@ -54,14 +54,14 @@ def main(
         if scores == "activations":
             check_walk(run.model, "--scores=activations")
             seen: list[tuple[np.ndarray, np.ndarray]] = []
-            batches = run.calibration(rows, seed, "--scores=activations")
+            text = run.calibration(rows, seed, "--scores=activations")
 
             def visit(layer: Layer) -> dict[str, jax.Array]:
                 N, H = model_config.heads, model_config.head_dim
                 seen.append(activation_scores(N, H, layer, STACK))
                 return {}
 
-            walk(run.model, run.params, batches, visit)
+            walk(text, run.params, visit)
             of_heads, channels = (np.stack(part) for part in zip(*seen, strict=True))
             found = Scores(of_heads, channels, of_heads.sum(-1) + channels.sum(-1))
         else:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from compress.calibration import Calibration
 from compress.result import Result
 from compress.walk import is_dense, matrices_of
 from compressed_size import sizes
@@ -22,19 +23,18 @@ from config_types import plain
 from data.loader import device_batches, local_rows
 from experiment import Experiment, read_experiment
 from parallel.forms import Form
-from parallel.mesh import make_mesh
+from parallel.mesh import MeshConfig, make_mesh
 from parallel.remat import FORWARD, RematConfig
-from parallel.rules import STACKS
+from parallel.rules import STACKS, ParallelConfig
 from parallel.stored import Matrix
 from run_params import saved_params
 from training.checkpoint import CheckpointConfig, Checkpoints
-from training.micro_batches import Batch
 from training.naming import named
 from training.state import Model, Tree
 from training.stored import WeightsConfig, chosen_forms
 
 TOKENIZER = "tokenizer.json"
-BATCH = 16  # rows of calibration text at a time, where the mesh allows it
+BATCH = 16  # rows of calibration text at a time
 MIB = 2**20
 
 
@@ -60,33 +60,33 @@ class Run:
     step: int
     scratch: Path
 
-    def calibration(self, rows: int, seed: int, what: str) -> list[Batch]:
+    def calibration(self, rows: int, seed: int, what: str) -> Calibration:
         """Rows of the run's training text, in an order of its own.
 
         Raises:
-          ValueError: too few, or a number that the mesh does not divide.
+          ValueError: too few.
         """
-        parts, length = self.model.rules.parts("batch"), self.experiment.data.sequence_length
-        if rows < 1 or rows % parts:
-            raise ValueError(
-                f"--rows={rows}: the mesh divides the batch in {parts}; give a multiple of that"
-            )
+        length = self.experiment.data.sequence_length
         axes, params = named(self.model.axes), named(self.params)
         inputs = {n: Matrix.of(params[n].shape, axes[n]).rows for n in matrices_of(self.model)}
         name = max(inputs, key=lambda n: inputs[n])
         if rows * length < inputs[name]:
-            least = -(-inputs[name] // (length * parts)) * parts
+            least = -(-inputs[name] // length)
             raise ValueError(
                 f"--rows={rows}: {rows * length} tokens say too little of the {inputs[name]} "
                 f"inputs of {name}, which {what} is calibrated on; give at least {least} rows"
             )
-        size = next(n for n in range(max(BATCH, parts), 0, -1) if rows % n == 0 and n % parts == 0)
+        size = next(n for n in range(BATCH, 0, -1) if rows % n == 0)
         data = self.experiment.open_data(self.workdir)
         data = replace(data, seed=seed, config=replace(data.config, batch_size=size))
-        spec = self.model.rules.spec("batch seq")
-        with data.train(0, rows=local_rows(self.mesh, spec, size)) as loader:
-            batches = device_batches(loader, self.mesh, spec)
-            return [next(batches) for _ in range(rows // size)]
+        mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        alone = replace(self.experiment, mesh=MeshConfig(data=1), parallel=ParallelConfig())
+        with jax.set_mesh(mesh):
+            model = alone.build_model()
+            spec = model.rules.spec("batch seq")
+            with data.train(0, rows=local_rows(mesh, spec, size)) as loader:
+                batches = device_batches(loader, mesh, spec)
+                return Calibration(model, mesh, [next(batches) for _ in range(rows // size)])
 
 
 @contextmanager

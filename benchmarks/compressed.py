@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress.calibration import Calibration
 from compress.factorize import Factorize, factorize
 from compress.fold import apply_fold, folds_of, shared_scale
 from compress.gptq import output_error
@@ -84,7 +85,7 @@ def moments_of(run: Run, params: Any, batches: list[Any]) -> list[dict[str, np.n
         found.append({name: np.asarray(inputs.moment) for name, inputs in layer.inputs.items()})
         return {}
 
-    walk(run.model, params, batches, visit)
+    walk(Calibration(run.model, run.mesh, batches), params, visit)
     return found
 
 
@@ -175,17 +176,17 @@ def quantized(bench: Bench, dense: Arrays, seeds: range) -> list[Any]:
     """Rounding to nearest and GPTQ, by bits."""
     rows, run = [], bench.run
 
-    def made(how: Quantize, form: str, batches: list[Any]) -> Arrays:
+    def made(how: Quantize, form: str, text: Calibration | None) -> Arrays:
         forms = forms_of(run, "stack/*", form, "form")
         config = run.experiment.model
-        return dense_of(quantize(how, forms, config, run.model, run.params, batches), dense)
+        return dense_of(quantize(how, forms, config, run.model, run.params, text), dense)
 
     for form in ("int8", "int4:128", "int3:128", "nf4:64", "fp8"):
-        rows.append(row_of(bench, dense, made(Quantize(), form, []), method="rtn", form=form))
+        rows.append(row_of(bench, dense, made(Quantize(), form, None), method="rtn", form=form))
     for seed in seeds:
-        batches = run.calibration(ROWS, 100 + seed, "gptq")
+        text = run.calibration(ROWS, 100 + seed, "gptq")
         for form in ("int4:128", "int3:128"):
-            arrays = made(Quantize("gptq"), form, batches)
+            arrays = made(Quantize("gptq"), form, text)
             rows.append(row_of(bench, dense, arrays, method="gptq", form=form, seed=seed))
     return rows
 
@@ -198,13 +199,13 @@ def outliers(bench: Bench, dense: Arrays, seeds: range) -> list[Any]:
         params = bench.placed(hard)
         run = replace(bench.run, params=params)
         moments = moments_of(run, params, bench.batches[:4])
-        batches = run.calibration(ROWS, 100 + seed, "awq")
+        text = run.calibration(ROWS, 100 + seed, "awq")
 
-        def made(method: str, form: str, run: Run = run, batches: list[Any] = batches) -> Result:
+        def made(method: str, form: str, run: Run = run, text: Any = text) -> Result:
             forms = forms_of(run, "stack/*", form, "form")
-            text = batches if method != "rtn" else []
             how, config = Quantize(method), run.experiment.model
-            return quantize(how, forms, config, run.model, run.params, text)
+            read = text if method != "rtn" else None
+            return quantize(how, forms, config, run.model, run.params, read)
 
         rows.append(row_of(bench, hard, hard, moments, method="dense", seed=seed))
         for method in ("rtn", "awq"):
@@ -277,12 +278,12 @@ def factored(bench: Bench, dense: Arrays, seeds: range) -> list[Any]:
     """Plain, whitened and scaled factors of one rank."""
     rows, run = [], bench.run
     forms = forms_of(run, "stack/*", "rank:96", "form")
-    plain = dense_of(factorize(Factorize("svd"), forms, run.model, run.params, []), dense)
+    plain = dense_of(factorize(Factorize("svd"), forms, run.model, run.params, None), dense)
     rows.append(row_of(bench, dense, plain, method="svd", form="rank:96"))
     for seed in seeds:
-        batches = run.calibration(ROWS, 100 + seed, "whitened")
+        text = run.calibration(ROWS, 100 + seed, "whitened")
         for method in ("whitened", "asvd"):
-            made = factorize(Factorize(method), forms, run.model, run.params, batches)
+            made = factorize(Factorize(method), forms, run.model, run.params, text)
             arrays = dense_of(made, dense)
             rows.append(row_of(bench, dense, arrays, method=method, form="rank:96", seed=seed))
     return rows
@@ -293,18 +294,18 @@ def pruned(bench: Bench, dense: Arrays, seeds: range) -> list[Any]:
     rows, run = [], bench.run
     names = list(forms_of(run, "stack/*", "int8", "form"))
 
-    def made(method: str, pattern: str, batches: list[Any]) -> Arrays:
+    def made(method: str, pattern: str, text: Calibration | None) -> Arrays:
         how = Prune(method, pattern=pattern)
-        return dense_of(prune(how, names, run.model, run.params, batches), dense)
+        return dense_of(prune(how, names, run.model, run.params, text), dense)
 
     for pattern in ("unstructured", "2:4"):
-        arrays = made("magnitude", pattern, [])
+        arrays = made("magnitude", pattern, None)
         rows.append(row_of(bench, dense, arrays, method="magnitude", form=pattern))
     for seed in seeds:
-        batches = run.calibration(ROWS, 100 + seed, "wanda")
+        text = run.calibration(ROWS, 100 + seed, "wanda")
         for method in ("wanda", "sparsegpt"):
             for pattern in ("unstructured", "2:4") if seed == 0 else ("unstructured",):
-                arrays = made(method, pattern, batches)
+                arrays = made(method, pattern, text)
                 rows.append(row_of(bench, dense, arrays, method=method, form=pattern, seed=seed))
     return rows
 

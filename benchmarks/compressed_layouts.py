@@ -49,11 +49,11 @@ def rounded(method: str, form: str) -> Make:
     """A quantisation."""
 
     def make(run: Run, folder: Path) -> Result:
-        text = method != "rtn" or "=" in form
-        batches = run.calibration(ROWS, 0, method) if text else []
+        read = method != "rtn" or "=" in form
+        text = run.calibration(ROWS, 0, method) if read else None
         of_model = (run.experiment.model, run.model, run.params)
         forms = forms_of(run, "stack/*", form, "form")
-        return quantize(Quantize(method), forms, *of_model, batches, scratch=folder)
+        return quantize(Quantize(method), forms, *of_model, text, scratch=folder)
 
     return make
 
@@ -63,9 +63,9 @@ def zeros(method: str, **how: Any) -> Make:
 
     def make(run: Run, folder: Path) -> Result:
         chosen = Prune(method, **how)
-        batches = run.calibration(ROWS, 0, method) if chosen.calibrated else []
+        text = run.calibration(ROWS, 0, method) if chosen.calibrated else None
         names = list(forms_of(run, "stack/*", "int8", "form"))
-        return prune(chosen, names, run.model, run.params, batches, scratch=folder)
+        return prune(chosen, names, run.model, run.params, text, scratch=folder)
 
     return make
 
@@ -73,9 +73,9 @@ def zeros(method: str, **how: Any) -> Make:
 def factors(run: Run, folder: Path) -> Result:
     """Whitened factors."""
     forms = forms_of(run, "stack/*", "rank:96", "form")
-    batches = run.calibration(ROWS, 0, "whitened")
+    text = run.calibration(ROWS, 0, "whitened")
     how = Factorize("whitened")
-    return factorize(how, forms, run.model, run.params, batches, scratch=folder)
+    return factorize(how, forms, run.model, run.params, text, scratch=folder)
 
 
 METHODS: dict[str, Make] = {

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ def run(arguments: list[str]) -> None:
         print(f"error: {name}: no such method; choose {', '.join(known)}", file=sys.stderr)
         sys.exit(cli.USER_ERROR)
     method = known[name]
+    # To end well when it is asked to: what waits in files is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cli.run(
         method.main,
         name=f"python -m compress {name}",

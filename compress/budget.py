@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress.calibration import Calibration
 from compress.gptq import output_error
 from compress.result import Result
 from compress.walk import Layer, check_walk, walk
 from parallel.forms import Form
-from training.micro_batches import Batch
 from training.state import Model
 from training.stored import dense_layer
 
@@ -49,7 +49,7 @@ Candidates = dict[str, list[list[Option]]]  # of each matrix and layer
 def candidates(
     model: Model,
     params: Any,
-    batches: Sequence[Batch],
+    text: Calibration,
     options: Sequence[Mapping[str, Sequence[Form]]],
 ) -> Candidates:
     """What every form would cost, by one walk through the dense model."""
@@ -74,7 +74,7 @@ def candidates(
                 found[name][layer.number].append(Option(form, bits, w.size, cost))
         return {}
 
-    walk(model, params, batches, visit)
+    walk(text, params, visit)
     return found
 
 

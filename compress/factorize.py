@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress.budget import Candidates, Option
+from compress.calibration import Calibration
 from compress.result import Result
 from compress.walk import STACK, Layer, check_walk, walk
 from compress.watch import Inputs
 from parallel.forms import Form
 from parallel.low_rank import largest_rank
 from parallel.rules import is_stacked
-from training.micro_batches import Batch
 from training.naming import named
 from training.state import Model
 
@@ -85,7 +85,7 @@ def factorize(
     forms: Mapping[str, Sequence[Form]],
     model: Model,
     params: Any,
-    batches: Sequence[Batch],
+    text: Calibration | None,
     *,
     scratch: Path | None = None,
 ) -> Result:
@@ -93,7 +93,7 @@ def factorize(
 
     Args:
       forms: name -> form of each layer, of rank or none.
-      batches: calibration text; none for plain svd.
+      text: None for plain svd.
       scratch: an empty folder for layers that are done (`Result`).
     """
     result = Result(model, params, scratch)
@@ -108,20 +108,19 @@ def factorize(
         result.put(name, layer, form.factors(matrix, jnp.asarray(into), jnp.asarray(out_of)), form)
         return (into @ out_of).reshape(w.shape)
 
-    if batches:
+    if text is not None:
         check_walk(model, f"--method={how.method}", forms)
 
-        def visit(layer: Layer) -> dict[str, jax.Array]:
-            mine = [name for name in layer.inputs if name in forms]
-            arrays = {name: np.asarray(layer.weights[name], np.float32) for name in mine}
+        def visit(layer: Layer) -> dict[str, np.ndarray]:
             return {
-                name: jnp.asarray(made(name, layer.number, w, layer.inputs[name]))
-                for name, w in arrays.items()
+                name: made(name, layer.number, layer.weights[name], inputs)
+                for name, inputs in layer.inputs.items()
+                if name in forms
             }
 
-        walk(model, params, batches, visit)
+        walk(text, params, visit)
     for name, array in named(params).items():
-        if name not in forms or (batches and name.startswith(STACK)):
+        if name not in forms or (text is not None and name.startswith(STACK)):
             continue
         stacked = is_stacked(result.axes[name])
         for layer in range(result.layers(name)):
@@ -131,7 +130,7 @@ def factorize(
 
 
 def rank_candidates(
-    how: Factorize, names: Sequence[str], model: Model, params: Any, batches: Sequence[Batch]
+    how: Factorize, names: Sequence[str], model: Model, params: Any, text: Calibration
 ) -> Candidates:
     """What each rank would cost in each layer, by one walk through the dense model.
 
@@ -159,7 +158,7 @@ def rank_candidates(
             options.append(Option(Form("none"), 32 * w.size, w.size, 0.0))
         return {}
 
-    walk(model, params, batches, visit)
+    walk(text, params, visit)
     return found
 
 

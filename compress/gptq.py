@@ -10,6 +10,7 @@ On the host in float64, so that neither the layout nor an accelerator's arithmet
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg import lapack
 
 from compress import host
 from parallel.codes import Code
@@ -72,7 +73,13 @@ def inverse_factor(moment_KK: np.ndarray, damp: float, w_KM: np.ndarray) -> np.n
     moment[dead, dead] = 1.0
     w_KM[dead] = 0.0
     moment[np.diag_indices_from(moment)] += damp * np.mean(np.diag(moment))
-    return np.linalg.cholesky(np.linalg.inv(moment)).T
+    # With all rows and columns in reverse H = L L^T, L^-1 is the factor in reverse: no inverse of H
+    # is made, and both steps are in place.
+    reverse, failed = lapack.dpotrf(moment[::-1, ::-1].T, lower=1, overwrite_a=1)
+    assert not failed, failed
+    inverse, failed = lapack.dtrtri(reverse, lower=1, overwrite_c=1)
+    assert not failed, failed
+    return np.ascontiguousarray(inverse[::-1, ::-1])
 
 
 def output_error(moment_KK: np.ndarray, change_KM: np.ndarray) -> float:

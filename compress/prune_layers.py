@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress.bcoo import refuse_bcoo
+from compress.calibration import Calibration
 from compress.prune import check_share, prune_by_magnitude
 from compress.result import Result
 from compress.sparsegpt import sparsegpt
@@ -19,7 +20,6 @@ from compress.walk import Layer, check_walk, walk
 from compress.wanda import wanda
 from parallel.forms import Form
 from training.magnitude import SCOPES
-from training.micro_batches import Batch
 from training.naming import named
 from training.state import Model
 
@@ -83,7 +83,7 @@ def prune(
     names: Collection[str],
     model: Model,
     params: Any,
-    batches: Sequence[Batch],
+    text: Calibration | None,
     *,
     scratch: Path | None = None,
 ) -> Result:
@@ -93,7 +93,7 @@ def prune(
       names: canonical names of the matrices.
       model: dense; call it under its mesh.
       params: master parameters; they stay.
-      batches: calibration text; none for magnitude.
+      text: None for magnitude.
       scratch: an empty folder for layers that are done (`Result`).
 
     Raises:
@@ -123,12 +123,12 @@ def prune(
         return result
     check_walk(model, f"--method={how.method}", names)
 
-    def visit(layer: Layer) -> dict[str, jax.Array]:
+    def visit(layer: Layer) -> dict[str, np.ndarray]:
         changed = {}
         for name, inputs in layer.inputs.items():
             if name not in names:
                 continue
-            matrix, w = result.matrix(name), np.asarray(layer.weights[name])
+            matrix, w = result.matrix(name), layer.weights[name]
             flat = w.reshape(matrix.rows, matrix.columns)
             if how.method == "wanda":
                 squares = np.diag(inputs.moment)
@@ -139,10 +139,11 @@ def prune(
                 )
             made = made.reshape(w.shape)
             put(name, layer.number, made)
-            changed[name] = jnp.asarray(made)
+            changed[name] = made
         return changed
 
-    walk(model, params, batches, visit)
+    assert text is not None
+    walk(text, params, visit)
     return result
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress import host
+from compress.calibration import Calibration
 from compress.fold import apply_fold, folds_of, shared_scale
 from compress.gptq import gptq
 from compress.ranges import limit_of
@@ -25,7 +26,6 @@ from models.config import ModelConfig
 from parallel.forms import Form, written
 from parallel.quantised import Quantised, quantised
 from parallel.rules import is_stacked
-from training.micro_batches import Batch
 from training.naming import named
 from training.state import Model
 from training.stored import dense_layer
@@ -118,7 +118,7 @@ def quantize(
     config: ModelConfig,
     model: Model,
     params: Tree,
-    batches: Sequence[Batch],
+    text: Calibration | None,
     *,
     scratch: Path | None = None,
 ) -> Result:
@@ -129,23 +129,23 @@ def quantize(
       config: of the model.
       model: dense; call it under its mesh.
       params: master parameters; they stay.
-      batches: calibration text, of which there is none where nothing is calibrated.
+      text: None where nothing is calibrated.
       scratch: an empty folder for layers that are done (`Result`).
 
     Raises:
       ValueError: a model whose layers cannot be walked.
     """
     result = Result(model, params, scratch)
-    if batches:
+    if text is not None:
         what = f"--method={how.method}" if how.calibrated else "one scale for all inputs (=)"
         check_walk(model, what, forms)
 
-        def visit(layer: Layer) -> dict[str, jax.Array]:
+        def visit(layer: Layer) -> dict[str, np.ndarray]:
             return _visit(how, forms, config, result, layer)
 
-        walk(model, params, batches, visit)
+        walk(text, params, visit)
     for name, array in named(params).items():
-        if name not in forms or (batches and name.startswith(STACK)):
+        if name not in forms or (text is not None and name.startswith(STACK)):
             continue
         stacked = is_stacked(result.axes[name])
         for layer in range(result.layers(name)):
@@ -177,10 +177,10 @@ def _visit(
     config: ModelConfig,
     result: Result,
     layer: Layer,
-) -> dict[str, jax.Array]:
+) -> dict[str, np.ndarray]:
     """One layer in codes; its arrays as they are run with."""
-    arrays = {name: np.asarray(w, np.float32) for name, w in layer.weights.items()}
-    inputs, changed = dict(layer.inputs), dict[str, np.ndarray]()
+    arrays, inputs = dict(layer.weights), dict(layer.inputs)
+    changed: dict[str, np.ndarray] = {}
     mine = {name: own[layer.number] for name, own in forms.items() if name in arrays}
     if how.method in ("awq", "smoothquant"):
         changed = _folded(how, mine, config, result, arrays, inputs)
@@ -194,7 +194,7 @@ def _visit(
     for name, array in changed.items():
         if name not in mine or mine[name].code is None:
             result.put(name, layer.number, array)
-    return {name: jnp.asarray(array) for name, array in changed.items()}
+    return changed
 
 
 def _folded(

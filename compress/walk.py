@@ -8,14 +8,16 @@ layers, where kinds of layers alternate.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from compress.calibration import Calibration
 from compress.watch import Inputs, Recorder, Watched
 from models.stack import STACKED
 from parallel.rules import is_stacked
@@ -36,16 +38,16 @@ class Layer:
 
     Attributes:
       number: from 0.
-      weights: canonical name -> float32 array of this layer, not divided.
+      weights: canonical name -> this layer's array, float32, NumPy.
       inputs: the same names, of matrices -> `Inputs`, NumPy.
     """
 
     number: int
-    weights: dict[str, jax.Array]
+    weights: dict[str, np.ndarray]
     inputs: dict[str, Inputs]
 
 
-Visit = Callable[[Layer], Mapping[str, jax.Array]]
+Visit = Callable[[Layer], Mapping[str, Any]]
 
 
 def stack_names(model: Model) -> list[str]:
@@ -92,21 +94,20 @@ def check_walk(model: Model, what: str, names: Iterable[str] = ()) -> None:
         )
 
 
-def walk(model: Model, params: Tree, batches: Sequence[Batch], visit: Visit | None) -> None:
+def walk(text: Calibration, params: Tree, visit: Visit | None) -> None:
     """Runs calibration text through the layers, and `visit` at each.
 
     Args:
-      model: without stages, and with the policy `parallel.remat.FORWARD`.
-      params: master parameters at rest; call it under the mesh.
-      batches: with `tokens` and whatever the family reads.
+      params: the model's master parameters at rest, on any mesh.
       visit: a layer -> its weights as they are to be run with, by name; those that are left out
         stay. None runs the layers as they are.
     """
+    model = text.model
     assert model.cut is not None
     cut, period = model.cut, model.cut.period
     flat, matrices = named(params), matrices_of(model)
     stacked = {name: flat.pop(name) for name in stack_names(model)}
-    outside, layout = flat, list[list[list[str]]]()
+    layout = list[list[list[str]]]()
 
     def built(outside: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
         axes = named(model.axes)
@@ -147,20 +148,25 @@ def walk(model: Model, params: Tree, batches: Sequence[Batch], visit: Visit | No
     def add(some: list[Inputs], more: list[Inputs]) -> list[Inputs]:
         return [a.plus(b) for a, b in zip(some, more, strict=True)]
 
-    xs = [embed(outside, batch) for batch in batches]
+    outside, total = text.here(flat), None
+    with jax.set_mesh(text.mesh):
+        xs = [embed(outside, batch) for batch in text.batches]
     for first in range(0, cut.layers, period):
         number = jnp.int32(first)
-        layers = take(stacked, number)
+        layers = text.here(take(stacked, number))
+        number = text.here(number)
         if visit is not None:
-            total = None
-            for x, batch in zip(xs, batches, strict=True):
-                found = sums(outside, layers, x, batch, number)
-                total = found if total is None else add(total, found)
-            layers = _visited(visit, layers, total, layout[0], first, period)
-        xs = [run(outside, layers, x, b, number) for x, b in zip(xs, batches, strict=True)]
+            with jax.set_mesh(text.mesh):
+                for i, (x, batch) in enumerate(zip(xs, text.batches, strict=True)):
+                    found = sums(outside, layers, x, batch, number)
+                    total = found if i == 0 else add(total, found)
+            layers = _visited(text, visit, layers, total, layout[0], first, period)
+        with jax.set_mesh(text.mesh):
+            xs = [run(outside, layers, x, b, number) for x, b in zip(xs, text.batches, strict=True)]
 
 
 def _visited(
+    text: Calibration,
     visit: Visit,
     layers: dict[str, jax.Array],
     found: Any,
@@ -176,17 +182,17 @@ def _visited(
             place = next(i for i in range(period) if name not in inputs[i])
             inputs[place][name] = host
     for place in range(period):
-        whole = {n: jax.reshard(a[place], jax.P()).astype("float32") for n, a in layers.items()}
+        whole = {n: np.asarray(np.asarray(a)[place], np.float32) for n, a in layers.items()}
         changed = visit(Layer(first + place, whole, inputs[place]))
-        for name, array in changed.items():
-            layers[name] = _put(layers[name], array, place)
+        with jax.set_mesh(text.mesh):
+            for name, array in changed.items():
+                layers[name] = _put(layers[name], text.here(np.asarray(array)), place)
     return layers
 
 
 @jax.jit
 def _put(layers: jax.Array, one: jax.Array, place: Any) -> jax.Array:
-    spec = jax.typeof(layers).sharding.spec
-    own = jax.reshard(one.reshape(layers.shape[1:]), jax.P(*spec[1:])).astype(layers.dtype)
+    own = one.reshape(layers.shape[1:]).astype(layers.dtype)
     return jax.lax.dynamic_update_index_in_dim(layers, own, place, 0)
 
 

@@ -44,9 +44,9 @@ def test_ranks_share_a_budget_and_tables_are_factored():
     with walked() as it:
         names = list(it.forms("int8"))
         how = Factorize()
-        found = rank_candidates(how, names, it.laid.model, it.params, it.batches)
+        found = rank_candidates(how, names, it.laid.model, it.params, it.text)
         forms = mixed(found, 32 * 0.7, flag="keep")
-        made = factorize(how, forms, it.laid.model, it.params, it.batches)
+        made = factorize(how, forms, it.laid.model, it.params, it.text)
         kept = sum(
             part.size
             for layers in made.nodes().values()

@@ -117,10 +117,10 @@ def test_one_layer_at_a_time_is_made_smaller(name, monkeypatch, tmp_path):
         before = alive()
         if name == "gptq":
             how = quantize.Quantize(name)
-            quantize.quantize(how, forms, it.config, *of_model, it.batches, scratch=tmp_path)
+            quantize.quantize(how, forms, it.config, *of_model, it.text, scratch=tmp_path)
         else:
-            prune(Prune(name), list(forms), *of_model, it.batches, scratch=tmp_path)
-        stream = sum(b["tokens"].size for b in it.batches) * K * 4
+            prune(Prune(name), list(forms), *of_model, it.text, scratch=tmp_path)
+        stream = sum(b["tokens"].size for b in it.text.batches) * K * 4
     layer, sums = 4 * WEIGHTS, 4 * (3 * K * K + M * M)
     assert len(seen) == 2 * LAYERS * 7
     assert max(seen) - before <= 4 * layer + 2 * sums + stream

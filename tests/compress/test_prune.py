@@ -181,7 +181,7 @@ def test_zeros_anywhere_are_not_packed(sparsity):
     }
     names, how = ["stack/blocks/attention/query"], Prune("magnitude", sparsity, packed=True)
     with walked() as it, pytest.raises(ValueError) as error:
-        prune(how, names, it.laid.model, it.params, [])
+        prune(how, names, it.laid.model, it.params, None)
     assert str(error.value) == (
         f"--packed: of {names[0]}, at {sparsity:.0%} zeros anywhere, {why[sparsity]}. Give "
         f"--pattern=2:4, or remove whole channels by python -m compress shrink"

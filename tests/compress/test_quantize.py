@@ -142,7 +142,7 @@ def test_folds_keep_the_function():
 def test_a_mix_spends_its_bits_where_outputs_suffer():
     with walked() as it:
         options = [it.forms(name) for name in ("int2:8", "int4:8", "int8")]
-        found = candidates(it.laid.model, it.params, it.batches, options)
+        found = candidates(it.laid.model, it.params, it.text, options)
         forms = mixed(found, 5.0)
         places = [(name, i) for name, layers in found.items() for i in range(len(layers))]
         tables = [[(o.bits, o.cost) for o in found[name][i]] for name, i in places]
@@ -162,7 +162,7 @@ def test_a_mix_spends_its_bits_where_outputs_suffer():
                 tried += 1
                 assert cost <= other_cost
         assert tried > 100
-        made = quantize(Quantize(), forms, it.config, it.laid.model, it.params, [])
+        made = quantize(Quantize(), forms, it.config, it.laid.model, it.params, None)
         laid = it.stored(made.forms())
         params = made.finished(laid.model, laid.mesh)
         assert np.isfinite(loss_of(laid, params))

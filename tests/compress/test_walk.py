@@ -25,10 +25,10 @@ LOCAL = replace(PLAIN, layers=4, pattern=("local", "global"), window=4)
 def test_the_moment_of_the_first_layer_is_that_of_its_inputs(config, sizes):
     seen = []
     with walked(config, **sizes) as it:
-        walk(it.laid.model, it.params, it.batches, lambda layer: seen.append(layer) or {})
-        counted = np.concatenate([np.asarray(b["segments"]) > 0 for b in it.batches])
+        walk(it.text, it.params, lambda layer: seen.append(layer) or {})
+        counted = np.concatenate([np.asarray(b["segments"]) > 0 for b in it.text.batches])
         table = np.asarray(it.params["embedding"])
-        x = np.concatenate([table[np.asarray(b["tokens"])] for b in it.batches])
+        x = np.concatenate([table[np.asarray(b["tokens"])] for b in it.text.batches])
     assert [layer.number for layer in seen] == list(range(config.layers))
     h = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps)
     h = h * np.asarray(seen[0].weights["stack/blocks/attention_norm/gain"])
@@ -67,7 +67,7 @@ def test_the_next_layer_sees_what_a_visitor_left():
         return without_branches(layer)
 
     with walked() as it:
-        walk(it.laid.model, it.params, it.batches, visit)
+        walk(it.text, it.params, visit)
     # The residual stream stays the embedding: every layer's norm, whose gains are 1, gives the same
     np.testing.assert_allclose(seen[1], seen[0], rtol=1e-5)
     np.testing.assert_allclose(seen[2], seen[0], rtol=1e-5)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress.calibration import Calibration
 from models.config import ModelConfig
 from parallel.forms import read_form
 from parallel.remat import FORWARD, RematConfig
@@ -31,7 +32,7 @@ class Walked:
     laid: Laid
     config: ModelConfig
     params: Any
-    batches: list[Any]
+    text: Calibration
 
     def forms(self, name: str, only: str = "stack/") -> dict[str, Any]:
         """One form for all matrices of the stack whose names have `only` in them."""
@@ -48,10 +49,12 @@ class Walked:
 
 @contextmanager
 def walked(config: ModelConfig = PLAIN, seed: int = 1, **sizes: int) -> Iterator[Walked]:
-    with layout(config=config, remat=RematConfig(FORWARD), **sizes) as laid:
-        params = laid.params(initial_params(config))
-        batches = [laid.batch(seed + i) for i in range(2)]
-        yield Walked(laid, config, params, batches)
+    remat = RematConfig(FORWARD)
+    with layout(config=config, remat=remat) as alone:
+        batches = [alone.batch(seed + i) for i in range(2)]
+        text = Calibration(alone.model, alone.mesh, batches)
+    with layout(config=config, remat=remat, **sizes) as laid:
+        yield Walked(laid, config, laid.params(initial_params(config)), text)
 
 
 def loss_of(laid: Laid, params: Any, seed: int = 0) -> float:
