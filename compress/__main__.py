@@ -90,8 +90,6 @@ def run(arguments: list[str]) -> None:
         print(f"error: {name}: no such method; choose {', '.join(known)}", file=sys.stderr)
         sys.exit(cli.USER_ERROR)
     method = known[name]
-    # To end well when it is asked to: what waits in files is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cli.run(
         method.main,
         name=f"python -m compress {name}",
@@ -104,4 +102,6 @@ def run(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     use_huge_pages()
+    # To end well when it is asked to: what waits in files is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run(sys.argv[1:])

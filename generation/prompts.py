@@ -107,7 +107,7 @@ def _of_json(where: str, line: str, folder: Path) -> Prompt:
         text or "",
         None if tokens is None else tuple(tokens),
         folder / image if image else None,
-        Path(adapter) if adapter else None,
+        folder / adapter if adapter else None,
     )
 
 
@@ -115,10 +115,15 @@ def with_adapters(prompts: Sequence[Prompt], adapters: Sequence[Path]) -> list[P
     """Prompts with the adapters of `--adapter`: one for each, in order, or one for all.
 
     Raises:
-      ValueError: another number of them.
+      ValueError: another number of them, or a prompt that names its own.
     """
     if not adapters:
         return list(prompts)
+    for prompt in prompts:
+        if prompt.adapter is not None:
+            raise ValueError(
+                f"--adapter: {prompt.where} names {prompt.adapter}; leave one of them out"
+            )
     if len(adapters) not in (1, len(prompts)):
         raise ValueError(
             f"--adapter: {len(adapters)} for {len(prompts)} prompts; give one for each, in order, "

@@ -82,6 +82,40 @@ def thin(folder, dense):
     return out
 
 
+HALF = "--config.precision.params=bfloat16"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "bits"),
+    [
+        ("quantize --form=int4:16 --method=gptq --rows=8", 5),
+        (f"quantize --form=int8 --method=smoothquant --rows=8 {HALF}", None),
+        ("quantize --mix=int8,int4:16,none --bits=7 --rows=8", None),
+        ("quantize --form=int8+int8= --ranges=percentile --rows=8", None),
+        (f"prune --pattern=2:4 --packed --method=sparsegpt --rows=8 {HALF}", 9),
+        ("prune --sparsity=0.3 --method=wanda --rows=8", 32),
+        (f"factorize --rank=4 --rows=8 {HALF}", None),
+        ("shrink --mlp_dim=32 --heads=4 --kv_heads=4 --rows=8", 32),
+    ],
+)
+def test_what_a_command_writes_every_mesh_restores(dense, tmp_path, capsys, command, bits):
+    method, *flags = command.split()
+    out = tmp_path / "out"
+    capsys.readouterr()
+    assert ended(compress, [method, f"--workdir={dense}", f"--out={out}", *flags]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    found = json.loads(printed[-1])["bits_per_matrix_weight"]
+    assert found < 32 if bits is None else found == pytest.approx(bits, rel=1e-3)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # what waited in files is gone
+    wanted = evaluated(capsys, f"--workdir={dense}")["loss"]
+    other = ["--config.mesh.data=8", "--config.mesh.fsdp=1", "--config.mesh.tensor=1"]
+    here, there = (evaluated(capsys, f"--workdir={out}", *mesh)["loss"] for mesh in ([], other))
+    # Inputs in codes fall to either side with float32's last bit; bfloat16 is of masters alone.
+    assert there == pytest.approx(here, rel=1e-4 if "+int8" in command else 1e-5)
+    assert here == pytest.approx(wanted, rel=0.05)  # of two steps of training
+
+
 @pytest.fixture
 def here(monkeypatch):
     """Runs the stages in this process; what was run."""
@@ -143,15 +177,21 @@ def test_a_stage_that_failed_at_once_may_be_changed(dense, tmp_path, monkeypatch
     file, tried = tmp_path / "recipe.py", []
 
     def run(command, stage):
-        tried.append(stage.settings["rank"])
+        tried.append(stage.settings)
         raise ValueError("it fails")
 
     monkeypatch.setattr(compress_recipe, "run", run)
-    for rank in (99, 4):
-        file.write_text(f"def get_config():\n    return [('factorize', {{'rank': {rank}}})]\n")
-        flags = ["recipe", f"--workdir={dense}", f"--out={tmp_path / 'o'}", f"--recipe={file}"]
+    stages = [("factorize", {"rank": 99}), ("factorize", {"rank": 4})]
+    stages += [("train", {"train.steps": 1, "optimizer.name": name}) for name in ("lion", "sgd")]
+    for n, (name, settings) in enumerate(stages):
+        file.write_text(f"def get_config():\n    return [{(name, settings)}]\n")
+        out = tmp_path / name
+        flags = ["recipe", f"--workdir={dense}", f"--out={out}", f"--recipe={file}"]
         assert ended(compress, flags) == 2
-    assert tried == [99, 4]
+        assert len(tried) == n + 1
+    assert tried == [settings for _, settings in stages]
+    config = json.loads((tmp_path / "train" / "1-train" / "config.json").read_text())
+    assert config["optimizer"]["name"] == "sgd"
 
 
 @pytest.mark.slow
@@ -201,6 +241,12 @@ def test_a_report_weighs_and_compares(dense, thin, tmp_path, capsys):
     table = (out / "report.md").read_text()
     assert table.count("\n| ") == 2 + 1  # rows, and the line below the head
     assert (out / "pareto.png").stat().st_size > 1000
+    capsys.readouterr()
+    assert ended(compress, ["report", *flags[2:], f"--workdir={thin}", f"--runs={thin}"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --out={out}: has a report of runs compared with --workdir={dense}; give that, or "
+        f"another --out\n"
+    )
 
 
 @pytest.mark.slow
