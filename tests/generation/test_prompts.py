@@ -14,7 +14,7 @@ from config_border import with_values
 from configs import tiny, tiny_captions, tiny_encoder, tiny_seq2seq
 from data.tokens import ByteTokenizer
 from experiment import read_experiment
-from generation.prompts import Prompt, read_prompts
+from generation.prompts import Prompt, read_prompts, with_adapters
 from inference import cache_shape, decoding_rules
 from prompt_tokens import lengths_of, requests_of, tokenizer_of
 
@@ -41,6 +41,19 @@ def test_a_jsonl_has_tokens_and_images(tmp_path):
     file.write_text("\n".join(map(json.dumps, lines)))
     first, second, third = read_prompts([], file)
     assert (first.text, second.tokens, third.image) == ("a", (1, 2), tmp_path / "c.png")
+
+
+def test_adapters_of_lines_and_of_the_flag(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "adapter": "lora"}\n{"prompt": "b"}\n')
+    prompts = read_prompts([], file)
+    assert [p.adapter for p in prompts] == [tmp_path / "lora", None]
+    assert with_adapters(prompts, []) == prompts
+    with pytest.raises(ValueError) as error:
+        with_adapters(prompts, [Path("other")])
+    assert str(error.value) == (
+        f"--adapter: --prompts={file}, line 1 names {tmp_path / 'lora'}; leave one of them out"
+    )
 
 
 @pytest.mark.parametrize(
