@@ -292,6 +292,8 @@ class Experiment:
         notes += config_checks.without_effect(self.model)
         notes += self.objective.without_effect()
         notes += self.distill.without_effect()
+        notes += self.sparsity.without_effect() + self.adapter.without_effect()
+        notes += self.optimizer.without_effect()
         notes += self.quantize.without_effect(backend)
         notes += agree.without_effect(self.data, self.objective)
         if self.loss.z_loss and not self.model.token_head:

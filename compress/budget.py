@@ -52,7 +52,11 @@ def candidates(
     text: Calibration,
     options: Sequence[Mapping[str, Sequence[Form]]],
 ) -> Candidates:
-    """What every form would cost, by one walk through the dense model."""
+    """What every form would cost, by one walk through the dense model.
+
+    Args:
+      options: forms to choose from, by matrix and layer; where a matrix has none it stays an array.
+    """
     names = {name for forms in options for name in forms}
     check_walk(model, "--mix", names)
     result = Result(model, params)
@@ -66,7 +70,7 @@ def candidates(
             w = np.asarray(layer.weights[name], np.float32).reshape(matrix.rows, matrix.columns)
             whole = output_error(inputs.moment, w)
             for forms in options:
-                form = forms[name][layer.number]
+                form = forms[name][layer.number] if name in forms else Form("none")
                 node: Any = form.store(matrix, jnp.asarray(w))
                 near = np.asarray(dense_layer(node) if form.code else node).reshape(w.shape)
                 bits = 8 * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(node))

@@ -68,18 +68,20 @@ def inverse_factor(moment_KK: np.ndarray, damp: float, w_KM: np.ndarray) -> np.n
 
     Of an input that is always zero the rows of `w_KM` are made zero: they are never seen.
     """
-    moment = np.array(moment_KK, np.float64)
-    dead = np.diag(moment) == 0
-    moment[dead, dead] = 1.0
-    w_KM[dead] = 0.0
-    moment[np.diag_indices_from(moment)] += damp * np.mean(np.diag(moment))
     # With all rows and columns in reverse H = L L^T, L^-1 is the factor in reverse: no inverse of H
-    # is made, and both steps are in place.
-    reverse, failed = lapack.dpotrf(moment[::-1, ::-1].T, lower=1, overwrite_a=1)
+    # is made, and there is one matrix, in which LAPACK works.
+    reverse = np.array(moment_KK[::-1, ::-1], np.float64, order="F")
+    diagonal = np.diag(reverse).copy()
+    dead = diagonal == 0
+    w_KM[dead[::-1]] = 0.0
+    diagonal[dead] = 1.0
+    diagonal += damp * np.mean(diagonal)
+    reverse[np.diag_indices_from(reverse)] = diagonal
+    lower, failed = lapack.dpotrf(reverse, lower=1, overwrite_a=1)
+    if not failed:
+        lower, failed = lapack.dtrtri(lower, lower=1, overwrite_c=1)
     assert not failed, failed
-    inverse, failed = lapack.dtrtri(reverse, lower=1, overwrite_c=1)
-    assert not failed, failed
-    return np.ascontiguousarray(inverse[::-1, ::-1])
+    return lower[::-1, ::-1]
 
 
 def output_error(moment_KK: np.ndarray, change_KM: np.ndarray) -> float:

@@ -24,6 +24,7 @@ from parallel.precision import PrecisionConfig
 from parallel.rules import STACKS
 from parallel.several import side_by_side
 from parallel.stored import Composed, Matrix, cast, is_stored
+from training.idle_keys import idle_keys
 from training.naming import named
 from training.state import Model, drawn_params, drawn_shapes
 from training.stored import dense_params, is_matrix
@@ -71,6 +72,13 @@ class AdapterConfig:
         check("prefix_length", self.prefix_length >= 1, "at least 1")
         none = "prefix is of every layer's self-attention; leave it out"
         check("names", not (self.method == "prefix" and self.names), none)
+
+    def without_effect(self) -> list[str]:
+        """Keys that were set and are not read, a sentence each."""
+        read = {"lora": {"rank", "alpha", "names"}, "ia3": {"names"}, "prefix": {"prefix_length"}}
+        read["dora"] = read["lora"]
+        idle = sorted({"rank", "alpha", "names", "prefix_length"} - read.get(self.method, set()))
+        return idle_keys(self, "adapter", idle, f"config.adapter.method is {self.method!r}")
 
 
 class Place(NamedTuple):

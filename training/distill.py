@@ -27,6 +27,7 @@ from parallel.rules import Rules
 from parallel.zero import for_model
 from training.distill_loss import KINDS, distillation_loss
 from training.features import Predictor
+from training.idle_keys import idle_keys
 from training.losses import LossConfig
 from training.micro_batches import Batch, Weights
 from training.naming import TRAINING_ONLY
@@ -107,8 +108,7 @@ class DistillConfig:
             keys, why = ["layers"], "config.distill.hidden_weight is 0"
         else:
             return []
-        given = [key for key in keys if getattr(self, key) != getattr(DistillConfig, key)]
-        return [f"config.distill.{key} has no effect: {why}" for key in given]
+        return idle_keys(self, "distill", keys, why)
 
 
 def _is_pair(text: str) -> bool:

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from parallel.mesh import platform
 from parallel.rules import Rules
 from training.by_layer import ByLayer, Place, by_layer, unstacked
+from training.idle_keys import idle_keys
 from training.low_rank import scale_by_low_rank
 from training.matrices import decays, scale_by_factored_rms, scale_by_muon
 from training.naming import completed, restricted
@@ -113,6 +114,12 @@ class OptimizerConfig:
         """`projection_scale`, or what the method's paper has."""
         own = MINI_SCALE if self.name == "apollo" and self.rank == 1 else SCALES.get(self.name, 1.0)
         return self.projection_scale or own
+
+    def without_effect(self) -> list[str]:
+        """Keys that were set and are not read, a sentence each."""
+        idle = [] if self.name in SCALES else ["rank", "refresh", "projection_scale"]
+        idle += [] if self.name in ("sgd", "muon") else ["momentum"]
+        return idle_keys(self, "optimizer", idle, f"config.optimizer.name is {self.name!r}")
 
 
 def make_optimizer(

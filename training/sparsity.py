@@ -22,6 +22,7 @@ from jax import Array
 
 from parallel.rules import is_stacked
 from parallel.when import when
+from training.idle_keys import idle_keys
 from training.magnitude import PATTERNS, SCOPES, check_fours, numbers, with_zeros
 from training.naming import named
 from training.state import Model, drawn_shapes
@@ -68,6 +69,13 @@ class SparsityConfig:
         check("pattern", self.pattern in PATTERNS, f"choose one of {', '.join(PATTERNS)}")
         fixed = self.pattern == "2:4" and self.target not in (0, 0.5)
         check("target", not fixed, "config.sparsity.pattern = '2:4' leaves half; set it to 0.5")
+
+    def without_effect(self) -> list[str]:
+        """Keys that were set and are not read, a sentence each."""
+        if self.target:
+            return []
+        keys = ["begin", "end", "every", "scope", "pattern"] + ["names"] * (not self.hold)
+        return idle_keys(self, "sparsity", keys, "config.sparsity.target is 0")
 
     @property
     def on(self) -> bool:
