@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dense", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--arms", type=int, default=len(ARMS), help="the first of them")
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = str(ROOT)
     dense, runs = options.dense.resolve(), options.runs.resolve()
@@ -61,7 +62,7 @@ def main() -> None:
         "dense": bits_per_byte(dense),
         "arms": [],
     }
-    for name, how in ARMS.items():
+    for name, how in list(ARMS.items())[: options.arms]:
         folder = runs / name.replace(" ", "-").replace("%", "").replace(":", "")
         pruned = folder / "pruned" if how else dense
         if how and not pruned.is_dir():
