@@ -20,8 +20,9 @@ import numpy as np
 
 from compress.budget import Candidates, Option
 from compress.calibration import Calibration
+from compress.idle import refuse_idle
 from compress.result import Result
-from compress.walk import STACK, Layer, check_walk, walk
+from compress.walk import Layer, check_walk, walk
 from compress.watch import Inputs
 from parallel.forms import Form
 from parallel.low_rank import largest_rank
@@ -51,11 +52,7 @@ class Factorize:
             raise ValueError(f"--method={self.method}: choose one of {', '.join(METHODS)}")
         if not 0 <= self.exponent <= 1:
             raise ValueError(f"--exponent={self.exponent}: between 0 and 1")
-        if self.exponent != 0.5 and self.method != "asvd":
-            raise ValueError(
-                f"--exponent={self.exponent}: has no effect with --method={self.method}; it is of "
-                f"asvd"
-            )
+        refuse_idle(self, "exponent", "method", "asvd")
 
     def weighting(self, rows: int, inputs: Inputs | None) -> tuple[np.ndarray, np.ndarray]:
         """(what W is multiplied by before, its inverse), float64 [K, K]."""
@@ -119,8 +116,9 @@ def factorize(
             }
 
         walk(text, params, visit)
+        return result
     for name, array in named(params).items():
-        if name not in forms or (text is not None and name.startswith(STACK)):
+        if name not in forms:
             continue
         stacked = is_stacked(result.axes[name])
         for layer in range(result.layers(name)):

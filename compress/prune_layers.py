@@ -13,6 +13,7 @@ import numpy as np
 
 from compress.bcoo import refuse_bcoo
 from compress.calibration import Calibration
+from compress.idle import refuse_idle
 from compress.prune import check_share, prune_by_magnitude
 from compress.result import Result
 from compress.sparsegpt import sparsegpt
@@ -58,10 +59,7 @@ class Prune:
         check_share(self.sparsity, self.pattern)
         if not 0 < self.damp < 1:
             raise ValueError(f"--damp={self.damp}: a part of the mean, between 0 and 1")
-        if self.damp != 0.01 and self.method != "sparsegpt":
-            raise ValueError(
-                f"--damp={self.damp}: has no effect with --method={self.method}; it is of sparsegpt"
-            )
+        refuse_idle(self, "damp", "method", "sparsegpt")
         if self.scope == "global" and self.pattern == "2:4":
             raise ValueError(
                 "--scope=global: 2:4 chooses among four rows of a channel; leave it at layer"

@@ -16,6 +16,7 @@ from compress import host
 from compress.calibration import Calibration
 from compress.fold import apply_fold, folds_of, shared_scale
 from compress.gptq import gptq
+from compress.idle import refuse_idle
 from compress.ranges import limit_of
 from compress.result import Result
 from compress.round import best_clip, nearest
@@ -68,13 +69,9 @@ class Quantize:
             raise ValueError(f"--damp={self.damp}: a part of the mean, between 0 and 1")
         if not 0 <= self.exponent <= 1:
             raise ValueError(f"--exponent={self.exponent}: between 0 and 1")
-        refuse_idle(self, "damp", "gptq")
-        refuse_idle(self, "exponent", "smoothquant")
-        if self.percentile != 99.99 and self.ranges != "percentile":
-            raise ValueError(
-                f"--percentile={self.percentile}: has no effect with --ranges={self.ranges}; give "
-                f"--ranges=percentile"
-            )
+        refuse_idle(self, "damp", "method", "gptq")
+        refuse_idle(self, "exponent", "method", "smoothquant")
+        refuse_idle(self, "percentile", "ranges", "percentile")
         if self.ranges != "absmax" and self.method in ("awq", "smoothquant"):
             raise ValueError(
                 f"--ranges={self.ranges}: is found of the inputs as they are, and {self.method} "
@@ -144,8 +141,9 @@ def quantize(
             return _visit(how, forms, config, result, layer)
 
         walk(text, params, visit)
+        return result
     for name, array in named(params).items():
-        if name not in forms or (text is not None and name.startswith(STACK)):
+        if name not in forms:
             continue
         stacked = is_stacked(result.axes[name])
         for layer in range(result.layers(name)):
@@ -156,19 +154,6 @@ def quantize(
             else:
                 result.put(name, layer, one)
     return result
-
-
-def refuse_idle(how: Any, flag: str, method: str) -> None:
-    """Refuses a flag that is not as it is by itself and that only another method reads.
-
-    Raises:
-      ValueError: naming both.
-    """
-    value = getattr(how, flag)
-    if how.method != method and value != getattr(type(how), flag):
-        raise ValueError(
-            f"--{flag}={value}: has no effect with --method={how.method}; it is of {method}"
-        )
 
 
 def _visit(

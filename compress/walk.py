@@ -148,7 +148,7 @@ def walk(text: Calibration, params: Tree, visit: Visit | None) -> None:
     def add(some: list[Inputs], more: list[Inputs]) -> list[Inputs]:
         return [a.plus(b) for a, b in zip(some, more, strict=True)]
 
-    outside, total = text.here(flat), None
+    outside = text.here(flat)
     with jax.set_mesh(text.mesh):
         xs = [embed(outside, batch) for batch in text.batches]
     for first in range(0, cut.layers, period):
@@ -156,11 +156,14 @@ def walk(text: Calibration, params: Tree, visit: Visit | None) -> None:
         layers = text.here(take(stacked, number))
         number = text.here(number)
         if visit is not None:
+            total = None
             with jax.set_mesh(text.mesh):
                 for i, (x, batch) in enumerate(zip(xs, text.batches, strict=True)):
                     found = sums(outside, layers, x, batch, number)
                     total = found if i == 0 else add(total, found)
-            layers = _visited(text, visit, layers, total, layout[0], first, period)
+            host = [Inputs(*map(jax.device_get, sums)) for sums in total or []]
+            del found, total
+            layers = _visited(text, visit, layers, host, layout[0], first, period)
         with jax.set_mesh(text.mesh):
             xs = [run(outside, layers, x, b, number) for x, b in zip(xs, text.batches, strict=True)]
 
@@ -169,7 +172,7 @@ def _visited(
     text: Calibration,
     visit: Visit,
     layers: dict[str, jax.Array],
-    found: Any,
+    found: list[Inputs],
     owners: list[list[str]],
     first: int,
     period: int,
@@ -177,10 +180,9 @@ def _visited(
     """The layers of one period as the visitor left them."""
     inputs: list[dict[str, Inputs]] = [{} for _ in range(period)]
     for sums, names in zip(found, owners, strict=True):
-        host = Inputs(*(jax.device_get(a) for a in sums))
         for name in names:
             place = next(i for i in range(period) if name not in inputs[i])
-            inputs[place][name] = host
+            inputs[place][name] = sums
     for place in range(period):
         whole = {n: np.asarray(np.asarray(a)[place], np.float32) for n, a in layers.items()}
         changed = visit(Layer(first + place, whole, inputs[place]))

@@ -195,7 +195,10 @@ def test_clips_and_limits_take_the_least_error():
         (dict(damp=0.0), "--damp=0.0: a part of the mean, between 0 and 1"),
         (dict(damp=0.1), "--damp=0.1: has no effect with --method=rtn; it is of gptq"),
         (dict(exponent=0.8), "--exponent=0.8: has no effect with --method=rtn; it is of smooth"),
-        (dict(percentile=99.0), "--percentile=99.0: has no effect with --ranges=absmax; give --r"),
+        (
+            dict(percentile=99.0),
+            "--percentile=99.0: has no effect with --ranges=absmax; it is of p",
+        ),
         (dict(method="awq", ranges="mse"), "--ranges=mse: is found of the inputs as they are, and"),
     ],
 )
